@@ -1,0 +1,13 @@
+"""mae-transfer: masked-autoencoder pretraining of Vision Transformers, carried to detection, segmentation, classification.
+
+    from mae_transfer import VisionTransformer, build_vit, load_backbone
+
+Importing this pulls in no Detectron2 and no MMSegmentation: those live below ``mae_transfer.detection`` and
+``mae_transfer.segmentation``.
+"""
+
+from mae_transfer.checkpoint import load_backbone
+from mae_transfer.vit import VisionTransformer, build_vit
+
+__version__ = "0.1.0"
+__all__ = ["VisionTransformer", "__version__", "build_vit", "load_backbone"]

@@ -1,0 +1,205 @@
+"""Attention for the one encoder: global, and in windows; plain, or with relative position.
+
+The plain path (``Attention`` without relative position) is all that pretraining runs. Windows and relative position
+exist for transfer: decomposed tables (MViTv2, ViTDet Section 3) and bias tables (BEiT, Li et al. 2021).
+
+Shapes: N batch, T tokens, D width, M heads, d = D / M, (h, w) patch grid, s window side.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mae_transfer.errors import ConfigError
+from mae_transfer.position import Grid, resize_bias_table, resize_decomposed
+
+RELATIVE_KINDS = (None, "decomposed", "bias")
+
+# On CPUs the fused call is slow for short sequences, and in bf16 its backward is slow up to longer ones: two batched
+# matrix products win up to about these lengths (forward + backward, one core of an AVX512-bf16 machine: 4 to 6 times
+# at 17 to 65 tokens in bf16, 1.1 to 1.5 times in fp32; equal at 1024 in bf16, half as fast at 512 in fp32).
+_CPU_MATMUL_TOKENS_HALF = 512
+_CPU_MATMUL_TOKENS_FLOAT = 96
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ/√d + bias)·v, by the implementation that suits the device and the length.
+
+    Args:
+        q, k, v: (N, M, T, d).
+        bias: added to the scores before the softmax; anything that broadcasts to (N, M, T, T).
+
+    Returns:
+        (N, M, T, d).
+    """
+    longest = _CPU_MATMUL_TOKENS_HALF if q.dtype in (torch.bfloat16, torch.float16) else _CPU_MATMUL_TOKENS_FLOAT
+    # A bias that needs a gradient sends the CPU's fused call down its slowest path, at any length.
+    bias_is_trained = bias is not None and bias.requires_grad
+    by_hand = q.device.type == "cpu" and (q.shape[2] <= longest or bias_is_trained)
+    if not by_hand:
+        if bias is not None:
+            bias = bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, M, T, T)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens, with optional relative position.
+
+    Args:
+        width: D.
+        num_heads: M.
+        qkv_bias: bias of the query, key and value projections.
+        relative: None, "decomposed" (ViTDet; no cls token) or "bias" (BEiT; one table, three more rows with cls).
+        table_grid: grid whose offsets the relative tables span; other grids are served by resizing them.
+        cls_token: the first token is not of the grid.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        relative: str | None = None,
+        table_grid: Grid | None = None,
+        cls_token: bool = False,
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ConfigError(f"width {width} is not a multiple of {num_heads} heads")
+        if relative not in RELATIVE_KINDS:
+            raise ConfigError(
+                f"relative_position is {relative!r}; expected one of {', '.join(map(str, RELATIVE_KINDS))}"
+            )
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+        self.relative = relative
+        self.table_grid = table_grid
+        self.cls_token = cls_token
+        if relative is None:
+            return
+        assert table_grid is not None
+        h, w = table_grid
+        if relative == "decomposed":
+            if cls_token:
+                raise ConfigError("decomposed relative position has no row for a cls token; build with cls_token=False")
+            head_dim = width // num_heads
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * h - 1, head_dim))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * w - 1, head_dim))
+        else:
+            num_rows = (2 * h - 1) * (2 * w - 1) + (3 if cls_token else 0)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(num_rows, num_heads))
+
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """(N, T, D) -> (N, T, D); ``grid`` (h, w) is needed only with relative position."""
+        out = self.attend_tokens(self.qkv(x), grid)
+        return self.proj(out)
+
+    def attend_tokens(self, qkv: Tensor, grid: Grid | None) -> Tensor:
+        """Attention from projected tokens: (N, T, 3D) -> (N, T, D), before the output projection."""
+        n, t, _ = qkv.shape
+        q, k, v = qkv.reshape(n, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (N, M, T, d)
+        if self.relative is None:
+            bias = None
+        else:
+            assert grid is not None
+            bias = self._decomposed(q, grid) if self.relative == "decomposed" else self._tabled(grid)
+        out = attend(q, k, v, bias)
+        return out.transpose(1, 2).reshape(n, t, -1)
+
+    def _decomposed(self, q: Tensor, grid: Grid) -> Tensor:
+        """Bias (N, M, T, T) = q·R_h[Δrow] + q·R_w[Δcolumn]; the query is not scaled (ViTDet's code)."""
+        h, w = grid
+        n, m, t, d = q.shape
+        rows = relative_rows(self.rel_pos_h, h).to(q.dtype)  # (h, h, d): query row, key row
+        columns = relative_rows(self.rel_pos_w, w).to(q.dtype)  # (w, w, d)
+        q = q.reshape(n, m, h, w, d)
+        by_row = torch.einsum("nmhwd,hkd->nmhwk", q, rows)  # (N, M, h, w, h)
+        by_column = torch.einsum("nmhwd,wkd->nmhwk", q, columns)  # (N, M, h, w, w)
+        return (by_row[..., :, None] + by_column[..., None, :]).reshape(n, m, t, t)
+
+    def _tabled(self, grid: Grid) -> Tensor:
+        """Bias (M, T, T) read from the table by the offset of query and key."""
+        assert self.table_grid is not None
+        table = resize_bias_table(self.relative_position_bias_table, self.table_grid, grid)
+        return bias_from_table(table, grid, cls_token=self.cls_token)
+
+
+class WindowAttention(Attention):
+    """Attention inside non-overlapping s × s windows of the grid (ViTDet Section 3); no cls token.
+
+    The grid is padded at the bottom and right to whole windows. As in Detectron2 the padding takes part as keys
+    whose features are zero before the projection, that is, equal to the projection's bias after it; so the real
+    tokens alone are projected, and the padding is filled with that bias.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, *, window_size: int, qkv_bias: bool = True, relative: str | None = None
+    ) -> None:
+        super().__init__(width, num_heads, qkv_bias=qkv_bias, relative=relative, table_grid=(window_size, window_size))
+        self.window_size = window_size
+
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """(N, h·w, D) -> (N, h·w, D)."""
+        assert grid is not None
+        (h, w), s = grid, self.window_size
+        n, _, width = x.shape
+        qkv = self.qkv(x).reshape(n, h, w, 3 * width)
+        pad_h, pad_w = -h % s, -w % s
+        if pad_h or pad_w:
+            qkv = self._pad(qkv, pad_h, pad_w)
+        num_h, num_w = (h + pad_h) // s, (w + pad_w) // s
+        # (N, H', W', 3D) -> (N, num_h, s, num_w, s, 3D) -> (N·windows, s², 3D)
+        windows = qkv.reshape(n, num_h, s, num_w, s, -1).permute(0, 1, 3, 2, 4, 5).reshape(-1, s * s, 3 * width)
+        out = self.attend_tokens(windows, (s, s))  # (N·windows, s², D)
+        out = out.reshape(n, num_h, num_w, s, s, width).permute(0, 1, 3, 2, 4, 5)
+        out = out.reshape(n, num_h * s, num_w * s, width)[:, :h, :w]  # (N, h, w, D)
+        return self.proj(out.reshape(n, h * w, width))
+
+    def _pad(self, qkv: Tensor, pad_h: int, pad_w: int) -> Tensor:
+        """(N, h, w, 3D) -> (N, h + pad_h, w + pad_w, 3D), padding = the projection of a zero token."""
+        if self.qkv.bias is None:
+            return F.pad(qkv, (0, 0, 0, pad_w, 0, pad_h))
+        n, h, w, channels = qkv.shape
+        padded = self.qkv.bias.to(qkv.dtype).expand(n, h + pad_h, w + pad_w, channels).clone()
+        padded[:, :h, :w] = qkv
+        return padded
+
+
+def relative_rows(table: Tensor, length: int) -> Tensor:
+    """Rows of a decomposed table for every (query, key) pair: (2s-1, d) -> (length, length, d).
+
+    The table is resized linearly when it was made for another length (as Detectron2 does).
+    """
+    table = resize_decomposed(table, 2 * length - 1)
+    # windows[c, j] = table[c + j]; query i and key j want table[i - j + length - 1]: run over keys backwards.
+    windows = table.unfold(0, length, 1).transpose(1, 2)  # (length, length, d)
+    return windows.flip(1)
+
+
+def bias_from_table(table: Tensor, grid: Grid, *, cls_token: bool) -> Tensor:
+    """Spread a bias table ((2h-1)(2w-1) [+ 3], M) to (M, T, T), T = h·w [+ 1].
+
+    The table is read by overlapping windows rather than by an index of T² entries: its gradient is then a sum of
+    shifted slices, where the gradient of an index is a scatter that took a quarter of a training step elsewhere.
+    """
+    h, w = grid
+    num_heads = table.shape[1]
+    offsets = (2 * h - 1) * (2 * w - 1)
+    image = table[:offsets].T.reshape(num_heads, 2 * h - 1, 2 * w - 1)
+    # unfolded[m, a, b, c, e] = image[m, a + c, b + e]; query (a, b), key (h-1-c, w-1-e).
+    unfolded = image.unfold(1, h, 1).unfold(2, w, 1)  # (M, h, w, h, w)
+    bias = unfolded.flip(3, 4).reshape(num_heads, h * w, h * w)
+    if not cls_token:
+        return bias
+    cls_to_patch, patch_to_cls, cls_to_cls = table[offsets:, :, None]  # each (M, 1)
+    column = torch.cat([cls_to_cls, patch_to_cls.expand(-1, h * w)], dim=1)  # (M, T)
+    bias = torch.cat([cls_to_patch[:, None].expand(-1, 1, h * w), bias], dim=1)  # (M, T, h·w)
+    return torch.cat([column[:, :, None], bias], dim=2)  # (M, T, T)

@@ -1,0 +1,23 @@
+"""Checkpoints: recognise a family, read it safely, convert, report."""
+
+from mae_transfer.checkpoint.files import atomic_write, write_safetensors, write_torch
+from mae_transfer.checkpoint.info import IMAGENET_MEAN, IMAGENET_STD, EncoderInfo
+from mae_transfer.checkpoint.load import Report, describe, encoder_state, image_statistics, load_backbone, load_checkpoint
+from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Checkpoint",
+    "EncoderInfo",
+    "Report",
+    "atomic_write",
+    "describe",
+    "encoder_state",
+    "image_statistics",
+    "load_backbone",
+    "load_checkpoint",
+    "read_checkpoint",
+    "write_safetensors",
+    "write_torch",
+]

@@ -1,0 +1,194 @@
+"""Strict loading of an encoder: everything is loaded, resized, or explained; anything else raises."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mae_transfer.checkpoint.info import EncoderInfo
+from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
+from mae_transfer.errors import CheckpointError
+from mae_transfer.position import resize_bias_table, resize_decomposed, resize_pos_embed
+
+if TYPE_CHECKING:  # the model imports nothing of this room, and this room needs only its type
+    from mae_transfer.vit import VisionTransformer
+
+# Parameters that transfer adds and no pretraining has: they keep their initial value.
+_NEW_IN_TRANSFER = re.compile(
+    r"(.*\.)?(rel_pos_[hw]|relative_position_bias_table|ls[12]\.gamma)$|^(fc_norm|head|head_norm)\."
+)
+# Tensors that a backbone has no use for.
+_NOT_OF_THE_ENCODER = re.compile(r"^(decoder_|mask_token$|encoder_mask_token$|head\.|head_norm\.|fc_norm\.)")
+# What a host may have been built without.
+_OPTIONAL_IN_HOST = re.compile(r"^(cls_token$|norm\.|.*\.ls[12]\.gamma$|.*\.rel_pos_[hw]$|.*relative_position_bias_table$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a load did, name by name.
+
+    Attributes:
+        loaded: tensors taken as they are.
+        resized: tensors that were resized, with the two shapes.
+        missing: parameters of the model that the file does not have and that keep their initial value.
+        unexpected: tensors of the file that the model has no place for.
+        info: architecture and input convention of the file.
+    """
+
+    source: str
+    family: str
+    loaded: list[str]
+    resized: dict[str, str]
+    missing: list[str]
+    unexpected: list[str]
+    info: EncoderInfo = field(repr=False)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.source} ({self.family}, {self.info.size}, patch {self.info.patch_size[0]}x{self.info.patch_size[1]}, "
+            f"{self.info.image_size[0]}x{self.info.image_size[1]} px)",
+            f"  loaded      {len(self.loaded)} tensors",
+        ]
+        if self.resized:
+            lines.append("  resized     " + ", ".join(f"{name} {shapes}" for name, shapes in self.resized.items()))
+        if self.missing:
+            lines.append(f"  missing     {summarise(self.missing)}: new in transfer, initial value kept")
+        if self.unexpected:
+            lines.append(f"  unexpected  {summarise(self.unexpected)}: no place in this model, left out")
+        return "\n".join(lines)
+
+
+def summarise(names: Iterable[str]) -> str:
+    """Names with their block numbers folded: "blocks.*.attn.rel_pos_h (12)"."""
+    counts: dict[str, int] = {}
+    for name in names:
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
+
+
+def load_backbone(vit: VisionTransformer, path: str | Path) -> Report:
+    """Load an encoder from any supported checkpoint, strictly.
+
+    Position embeddings (absolute and relative) are resized to the model's grid. Explained, hence allowed: missing
+    relative position, layer scale, fc_norm and heads; unused decoder, mask token and classification head, and
+    cls_token or norm where the model has none.
+
+    Raises:
+        CheckpointError: unreadable or unknown file; any other missing or unexpected tensor; a shape that differs.
+            The model is left untouched.
+    """
+    return load_checkpoint(vit, read_checkpoint(path))
+
+
+def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint) -> Report:
+    """``load_backbone`` of a checkpoint already in memory."""
+    own = vit.state_dict()
+    loaded: dict[str, Tensor] = {}
+    resized: dict[str, str] = {}
+    unexpected: list[str] = []
+    mismatched: list[str] = []
+    for name, tensor in checkpoint.tensors.items():
+        if name not in own:
+            unexpected.append(name)
+            continue
+        fitted = fit(name, tensor, vit, checkpoint.info)
+        if fitted.shape != own[name].shape:
+            mismatched.append(f"{name} is {shape_text(tensor)}, the model has {shape_text(own[name])}")
+        elif fitted is not tensor:
+            resized[name] = f"{shape_text(tensor)} -> {shape_text(fitted)}"
+        loaded[name] = fitted
+    missing = [name for name in own if name not in checkpoint.tensors]
+    problems = _problems(missing, unexpected, mismatched)
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.path} ({checkpoint.family}, {checkpoint.info.size}) does not fit this "
+            f"{vit.width}-wide, {vit.depth}-block model with {vit.patch_size[0]}x{vit.patch_size[1]} patches: "
+            + "; ".join(problems)
+            + ". Build the model with the size and patch of the checkpoint (convert_checkpoint.py --inspect shows them)"
+        )
+    vit.load_state_dict(loaded, strict=False)  # strictness was checked above, with reasons
+    return Report(
+        source=str(checkpoint.path),
+        family=checkpoint.family,
+        loaded=[name for name in loaded if name not in resized],
+        resized=resized,
+        missing=missing,
+        unexpected=unexpected,
+        info=checkpoint.info,
+    )
+
+
+def _problems(missing: list[str], unexpected: list[str], mismatched: list[str]) -> list[str]:
+    problems = []
+    lacking = [name for name in missing if not _NEW_IN_TRANSFER.match(name)]
+    if lacking:
+        problems.append(f"the file lacks {summarise(lacking)}")
+    foreign = [name for name in unexpected if not (_NOT_OF_THE_ENCODER.match(name) or _OPTIONAL_IN_HOST.match(name))]
+    if foreign:
+        problems.append(f"the model has no place for {summarise(foreign)}")
+    if mismatched:
+        shown = ", ".join(mismatched[:3]) + (f" and {len(mismatched) - 3} more" if len(mismatched) > 3 else "")
+        problems.append(f"shapes differ: {shown}")
+    return problems
+
+
+def fit(name: str, tensor: Tensor, vit: VisionTransformer, info: EncoderInfo) -> Tensor:
+    """``tensor`` resized to the model where it is a position table of another grid; itself otherwise."""
+    if name == "pos_embed":
+        if tensor.shape == vit.pos_embed.shape or tensor.shape[2] != vit.width:
+            return tensor
+        return resize_pos_embed(tensor, info.grid, vit.grid)
+    own = vit.state_dict()[name] if name.endswith(("rel_pos_h", "rel_pos_w", "bias_table")) else tensor
+    if own.shape == tensor.shape or own.shape[1] != tensor.shape[1]:
+        return tensor
+    if name.endswith(("rel_pos_h", "rel_pos_w")):
+        return resize_decomposed(tensor, own.shape[0])
+    attention = vit.get_submodule(name.rsplit(".", 1)[0])
+    extra = 3 if getattr(attention, "cls_token", False) else 0
+    side = (math.isqrt(tensor.shape[0] - extra) + 1) // 2
+    grid_to = attention.table_grid
+    assert isinstance(grid_to, tuple)
+    grid_from = info.grid if (2 * info.grid[0] - 1) * (2 * info.grid[1] - 1) + extra == tensor.shape[0] else (side, side)
+    return resize_bias_table(tensor, grid_from, grid_to)
+
+
+def shape_text(tensor: Tensor) -> str:
+    """Shape as "1x197x768"."""
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def image_statistics(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (channels in RGB order, values 0 to 1) that the encoder at ``path`` was trained with.
+
+    From the file's metadata; ImageNet's for the published families, which carry none.
+    """
+    info = read_checkpoint(path).info
+    return info.mean, info.std
+
+
+def encoder_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a state dict: no decoder, no mask tokens, no heads."""
+    return {name: tensor for name, tensor in tensors.items() if not _NOT_OF_THE_ENCODER.match(name)}
+
+
+@torch.no_grad()
+def describe(vit: VisionTransformer, **fields: object) -> EncoderInfo:
+    """``EncoderInfo`` of a model in memory; ``fields`` give what the model does not know (mean, std, git_commit …)."""
+    values: dict[str, object] = {
+        "family": "mae-transfer",
+        "width": vit.width,
+        "depth": vit.depth,
+        "num_heads": vit.num_heads,
+        "patch_size": vit.patch_size,
+        "image_size": vit.image_size,
+        "channels": vit.num_channels,
+    }
+    return EncoderInfo(**{**values, **fields})  # type: ignore[arg-type]  # fields are checked by the dataclass

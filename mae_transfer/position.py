@@ -1,0 +1,135 @@
+"""Position embeddings: the sin-cos tables of MAE and the one resize that every host uses.
+
+Rows of an absolute table are the cls row, then the grid row by row. Resizing is bicubic with
+``align_corners=False`` and no antialiasing, as in the official MAE code, Detectron2 and MMSegmentation; results agree
+with theirs to rounding. The computation is done in float32 whatever the table's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mae_transfer.errors import CheckpointError, ConfigError
+
+Grid = tuple[int, int]
+
+
+def to_pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
+    """``value`` as (height, width): an int means square.
+
+    Raises:
+        ConfigError: not one or two positive whole numbers.
+    """
+    pair = tuple(value) if isinstance(value, (tuple, list)) or hasattr(value, "__iter__") else (value, value)
+    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+        raise ConfigError(f"{name} is {value!r}; expected a positive whole number or (height, width)")
+    return (int(pair[0]), int(pair[1]))
+
+
+def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> Grid:
+    """(h, w) patches of an image of (H, W) pixels.
+
+    Raises:
+        ConfigError: the image is not a whole number of patches.
+    """
+    (height, width), (p_h, p_w) = image_size, patch_size
+    if height % p_h or width % p_w:
+        raise ConfigError(
+            f"image size {height}x{width} is not a whole number of {p_h}x{p_w} patches; "
+            f"nearest that is: {max(1, round(height / p_h)) * p_h}x{max(1, round(width / p_w)) * p_w}"
+        )
+    return height // p_h, width // p_w
+
+
+def sincos_2d(width: int, grid: Grid, *, cls_token: bool = True) -> Tensor:
+    """Fixed 2-D sin-cos table of MAE (Section 3 and the released code).
+
+    The first half of the channels codes the column, the second half the row; each half is sines, then cosines,
+    of frequencies 10000^(-2i/half). The cls row is zero. Computed in float64 and rounded once.
+
+    Args:
+        width: D, divisible by 4.
+        grid: (h, w) patches.
+        cls_token: put the zero row for the cls token first.
+
+    Returns:
+        (1, 1 + h·w, D), or (1, h·w, D) without cls row; float32.
+
+    Raises:
+        ConfigError: the width is not divisible by 4.
+    """
+    if width % 4:
+        raise ConfigError(f"sin-cos positions need a width divisible by 4, got {width}")
+    frequency = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))  # (D/4,)
+    h, w = grid
+
+    def encode(positions: Tensor) -> Tensor:  # (n,) -> (n, D/2)
+        angle = positions[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    columns = encode(torch.arange(w, dtype=torch.float64))[None].expand(h, w, width // 2)
+    rows = encode(torch.arange(h, dtype=torch.float64))[:, None].expand(h, w, width // 2)
+    table = torch.cat([columns, rows], dim=2).reshape(1, h * w, width)  # (1, L, D)
+    if cls_token:
+        table = torch.cat([torch.zeros(1, 1, width, dtype=torch.float64), table], dim=1)
+    return table.float()
+
+
+def resize_pos_embed(pos_embed: Tensor, grid_from: Grid, grid_to: Grid) -> Tensor:
+    """Resize an absolute table to another grid; identity (the same tensor) at its own grid.
+
+    Args:
+        pos_embed: (1, 1 + h·w, D) with the cls row first.
+        grid_from: (h, w) of the table.
+        grid_to: (h', w') wanted.
+
+    Returns:
+        (1, 1 + h'·w', D); the cls row untouched.
+
+    Raises:
+        CheckpointError: the table's length does not fit ``grid_from``.
+    """
+    h, w = grid_from
+    if pos_embed.shape[1] != 1 + h * w:
+        raise CheckpointError(
+            f"position embedding has {pos_embed.shape[1]} rows; a grid of {h}x{w} needs {1 + h * w} (cls row first)"
+        )
+    if grid_from == grid_to:
+        return pos_embed
+    cls_row, rows = pos_embed[:, :1], pos_embed[:, 1:]
+    width = pos_embed.shape[2]
+    image = rows.reshape(1, h, w, width).permute(0, 3, 1, 2)  # (1, D, h, w)
+    image = F.interpolate(image.float(), size=grid_to, mode="bicubic", align_corners=False, antialias=False)
+    rows = image.to(rows.dtype).permute(0, 2, 3, 1).reshape(1, -1, width)  # (1, h'·w', D)
+    return torch.cat([cls_row, rows], dim=1)
+
+
+def resize_decomposed(table: Tensor, length: int) -> Tensor:
+    """Resize a decomposed relative table (2s-1, d) of ViTDet to (``length``, d), linearly as Detectron2 does."""
+    if table.shape[0] == length:
+        return table
+    line = table.float().T[None]  # (1, d, 2s-1)
+    return F.interpolate(line, size=length, mode="linear", align_corners=False)[0].T.to(table.dtype)
+
+
+def resize_bias_table(table: Tensor, grid_from: Grid, grid_to: Grid) -> Tensor:
+    """Resize a relative-position bias table ((2h-1)(2w-1) [+ 3], heads) to another grid, bicubically.
+
+    The three rows of BEiT's cls token (cls→patch, patch→cls, cls→cls), where present, are kept.
+    """
+    (h, w), (new_h, new_w) = grid_from, grid_to
+    num_rows = (2 * h - 1) * (2 * w - 1)
+    extra = table.shape[0] - num_rows
+    if extra not in (0, 3):
+        raise CheckpointError(
+            f"relative-position table has {table.shape[0]} rows; a grid of {h}x{w} needs {num_rows} or {num_rows + 3}"
+        )
+    if grid_from == grid_to:
+        return table
+    heads = table.shape[1]
+    image = table[:num_rows].float().T.reshape(1, heads, 2 * h - 1, 2 * w - 1)
+    image = F.interpolate(image, size=(2 * new_h - 1, 2 * new_w - 1), mode="bicubic", align_corners=False)
+    rows = image.reshape(heads, -1).T.to(table.dtype)
+    return torch.cat([rows, table[num_rows:]]) if extra else rows
