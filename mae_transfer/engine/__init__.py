@@ -1,0 +1,1 @@
+"""What pretraining and classification share: config reading, run folder, loop, precision, distribution, checkpoints."""

@@ -1,0 +1,148 @@
+"""The folder of a run: made once, refused when it holds something else, continued on resume."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from mae_transfer.engine.checkpoints import latest_checkpoint
+from mae_transfer.engine.files import write_text
+from mae_transfer.errors import ConfigError
+
+RESUME_MODES = ("auto", "never")
+_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "omegaconf", "safetensors", "timm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run writes, its seed, and what to do with what is already there."""
+
+    dir: str = "runs/run"
+    seed: int = 0
+    resume: str = "never"  # auto: continue if the folder has a checkpoint, else start; never; or a checkpoint's path
+    overwrite: bool = False  # delete the folder's content and start
+
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise ConfigError("run.dir is empty; name the folder to write to")
+        if self.seed < 0:
+            raise ConfigError(f"run.seed={self.seed} must not be negative")
+        if self.overwrite and self.resume != "never":
+            raise ConfigError(f"run.overwrite=true and run.resume={self.resume} contradict each other; give one")
+
+
+class RunFolder:
+    """Paths below ``run.dir``."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.environment = self.root / "environment.txt"
+        self.metrics = self.root / "metrics.jsonl"
+        self.tensorboard = self.root / "tensorboard"
+        self.reconstructions = self.root / "reconstructions"
+        self.checkpoints = self.root / "checkpoints"
+        self.nonfinite = self.root / "nonfinite"
+        self.model = self.root / "model.safetensors"
+        self.encoder = self.root / "encoder.safetensors"
+
+    def write_description(self, config_yaml: str) -> None:
+        """``config.yaml`` and ``environment.txt``."""
+        write_text(self.config, config_yaml)
+        write_text(self.environment, describe_environment())
+
+
+def open_run_folder(config: RunConfig) -> tuple[RunFolder, Path | None]:
+    """The folder ready to write to, and the checkpoint to start from, None for a fresh start.
+
+    Raises:
+        ConfigError: the folder is not empty and neither resumed nor overwritten; a checkpoint to resume from is
+            missing.
+    """
+    folder = RunFolder(config.dir)
+    if folder.root.exists() and not folder.root.is_dir():
+        raise ConfigError(f"run.dir={folder.root} is a file; name a folder")
+    checkpoint = _checkpoint_to_resume(folder, config.resume)
+    used = folder.root.is_dir() and any(folder.root.iterdir())
+    own = checkpoint is not None and checkpoint.resolve().is_relative_to(folder.root.resolve())
+    # Killed before its first checkpoint: only what write_description and the log left behind. Nothing to lose.
+    unborn = config.resume == "auto" and folder.config.is_file() and not folder.encoder.exists()
+    if used and config.overwrite:
+        shutil.rmtree(folder.root)
+    elif used and not own and not unborn:
+        raise ConfigError(
+            f"run.dir={folder.root} is not empty; choose another folder, continue with run.resume=auto, "
+            "or delete what is there with run.overwrite=true"
+        )
+    for path in (folder.checkpoints, folder.reconstructions, folder.tensorboard):
+        path.mkdir(parents=True, exist_ok=True)
+    return folder, checkpoint
+
+
+def _checkpoint_to_resume(folder: RunFolder, resume: str) -> Path | None:
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return latest_checkpoint(folder.checkpoints)
+    path = Path(resume)
+    if path.is_dir():
+        found = latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
+        if found is None:
+            raise ConfigError(f"run.resume={resume}: no checkpoint found in this folder")
+        return found
+    if not path.is_file():
+        raise ConfigError(f"run.resume={resume} is neither auto, never, a checkpoint file nor a run folder")
+    return path
+
+
+def git_commit() -> str:
+    """The commit of the sources in use, with ``-dirty`` when they differ from it; ``unknown`` outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def describe_environment() -> str:
+    """Command, commit, versions and machine, one ``name: value`` a line."""
+    lines = {
+        "command": " ".join(sys.argv),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpus": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+    }
+    for package in _PACKAGES:
+        try:
+            lines[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            lines[package] = "not installed"
+    return "".join(f"{name}: {value}\n" for name, value in lines.items())
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: the standard library knows less, but something
+    return platform.processor() or "unknown"

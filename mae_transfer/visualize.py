@@ -1,0 +1,121 @@
+"""Pictures: labelled grids of images, and curves of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mae_transfer.errors import require
+
+Picture = npt.NDArray[np.uint8]  # (H, W, 3) or (H, W, 1)
+
+_GAP = 6
+_BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridRow:
+    """One row of a grid: its pictures and what to write at its left."""
+
+    pictures: Sequence[Picture]
+    label: str = ""
+
+
+def to_picture(image: Tensor) -> Picture:
+    """(C, H, W) in 0..1 to (H, W, C) uint8."""
+    return (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def image_grid(
+    rows: Sequence[GridRow], *, columns: Sequence[str] = (), caption: str = "", tile_height: int = 160
+) -> Image.Image:
+    """Rows of pictures with column titles above, row labels at the left and a caption below.
+
+    Small pictures are enlarged by a whole factor, pixel by pixel, to about ``tile_height``: nothing is smoothed.
+    """
+    tiles = [[_enlarge(picture, tile_height) for picture in row.pictures] for row in rows]
+    num_columns = max(len(row) for row in tiles)
+    widths = [max(row[i].width for row in tiles if i < len(row)) for i in range(num_columns)]
+    heights = [max(tile.height for tile in row) for row in tiles]
+    font = ImageFont.load_default(size=13)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = max((int(_text_size(ruler, row.label, font)[0]) for row in rows), default=0)
+    left += _GAP if left else 0
+    top = max((_text_size(ruler, title, font)[1] for title in columns), default=0)
+    top += _GAP if top else 0
+    width = left + sum(widths) + _GAP * (num_columns + 1)
+    caption = _wrap(ruler, caption, font, width - 2 * _GAP)
+    bottom = _text_size(ruler, caption, font)[1] + _GAP if caption else 0
+    height = top + sum(heights) + _GAP * (len(rows) + 1) + bottom
+    canvas = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    y = top + _GAP
+    for row, row_tiles, row_height in zip(rows, tiles, heights, strict=True):
+        draw.text((_GAP, y), row.label, fill=_INK, font=font)
+        x = left + _GAP
+        for i, tile in enumerate(row_tiles):
+            canvas.paste(tile, (x, y))
+            x += widths[i] + _GAP
+        y += row_height + _GAP
+    x = left + _GAP
+    for title, column_width in zip(columns, widths, strict=False):
+        draw.text((x, _GAP), title, fill=_INK, font=font)
+        x += column_width + _GAP
+    draw.text((_GAP, y), caption, fill=_INK, font=font)
+    return canvas
+
+
+def _enlarge(picture: Picture, height: int) -> Image.Image:
+    image = Image.fromarray(np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture)
+    factor = max(1, round(height / image.height))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _text_size(draw: ImageDraw.ImageDraw, text: str, font: Any) -> tuple[int, int]:
+    if not text:
+        return 0, 0
+    box = draw.multiline_textbbox((0, 0), text, font=font)
+    return int(box[2]) + 1, int(box[3]) + 3
+
+
+def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
+    """Break ``text`` at spaces into lines no wider than ``width`` pixels."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and draw.textlength(f"{lines[-1]} {word}", font=font) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], *, path: Path, x_label: str, y_label: str, title: str = ""
+) -> None:
+    """Draw curves, name -> (x, y) points, into an image file.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require("matplotlib", "dev")
+    # The figure is made by hand: pyplot would keep global state and choose a backend for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1.2)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend()
+    figure.savefig(path, dpi=120)
