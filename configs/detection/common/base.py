@@ -1,0 +1,44 @@
+"""What every detection config starts from: ViTDet's Mask R-CNN recipe (arXiv 2203.16527), with no data named.
+
+Numbers that are not here are defaults of the functions called; numbers that follow from the data, the checkpoint or
+another key are filled in by mae_transfer.detection.config.resolve.
+"""
+
+# ruff: noqa: C408  (LazyConfig's own style: sections read as calls)
+from detectron2.config import LazyCall as L
+
+from mae_transfer.detection.model import mask_rcnn
+from mae_transfer.detection.optimizer import adamw, schedule
+
+dataset = dict(
+    train=dict(json=None, images=None),
+    val=dict(json=None, images=None, max_size=None),  # max_size: leave out images with a longer side
+    image_size=1024,
+    resize="jitter",  # or native: pixels are not resampled, training takes crops of image_size
+    scale=[0.1, 2.0],
+    flips=["horizontal"],
+    mean=None,  # RGB, 0 to 1; by default the checkpoint's, or ImageNet's
+    std=None,
+    workers=4,
+)
+
+train = dict(
+    output_dir="runs/detection",
+    init_checkpoint=None,
+    max_iter=184375,  # 100 epochs x 118 000 images of COCO / batch 64
+    batch_size=64,  # of all processes together
+    seed=0,
+    precision="bf16",
+    device="auto",
+    clip_norm=None,
+    checkpoint_period=5000,
+    keep=2,
+    eval_period=0,  # 0: at the end only
+    log_period=20,
+    pictures=8,
+    picture_score=0.5,
+)
+
+model = L(mask_rcnn)(position_size=224)
+optimizer = L(adamw)(lr=1e-4, weight_decay=0.1, betas=[0.9, 0.999], layer_decay=0.7, decay_rule="clean")
+schedule = L(schedule)(kind="steps", warmup_iters=250, warmup_factor=0.001)

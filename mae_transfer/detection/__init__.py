@@ -1,0 +1,14 @@
+"""Mask R-CNN in Detectron2 on the one encoder: everything that imports detectron2 is below this folder.
+
+Importing this package registers ``build_mae_vit_fpn_backbone`` and ``build_mae_vit_sfp_backbone`` in Detectron2's
+``BACKBONE_REGISTRY``; ``add_mae_config`` adds their section to a yacs config.
+"""
+
+from mae_transfer.errors import require
+
+require("detectron2", "detection")
+
+from mae_transfer.detection.backbone import MAEBackbone, add_mae_config  # noqa: E402
+from mae_transfer.detection.model import mask_rcnn  # noqa: E402
+
+__all__ = ["MAEBackbone", "add_mae_config", "mask_rcnn"]
