@@ -11,6 +11,8 @@ from mae_transfer.engine.config import read_config, to_yaml
 from mae_transfer.engine.distribution import processes
 from mae_transfer.errors import EXIT_PREEMPTED
 from pretrain.config import PretrainConfig
+from pretrain.dry_run import dry_run
+from pretrain.evaluate import evaluate_checkpoint
 from pretrain.run import pretrain
 
 _EPILOG = """Every key of the config can be set as section.key=value, e.g.
@@ -34,6 +36,17 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="set a key of the config")
     action = result.add_mutually_exclusive_group()
     action.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    action.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="take a real step, print size, memory, speed and time, write nothing",
+    )
+    action.add_argument(
+        "--evaluate",
+        metavar="CHECKPOINT",
+        help="print the loss of a checkpoint on the images of data.val_path, and what needs no learning beside it; "
+        "mask.*, run.seed and log.evaluate_images are taken from the config",
+    )
     return result
 
 
@@ -42,12 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     config = read_config(PretrainConfig, arguments.config, arguments.overrides)
     if arguments.print_config:
-        sys.stdout.write(to_yaml(config))
+        sys.stdout.write(to_yaml(config.resolved()))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     with processes(config.train.device) as group:
         if not group.is_main:
             logging.getLogger().setLevel(logging.WARNING)
+        if arguments.dry_run:
+            report = dry_run(config, group)
+            if group.is_main:
+                print(report)
+            return 0
+        if arguments.evaluate is not None:
+            print(evaluate_checkpoint(config, arguments.evaluate, group.device))
+            return 0
         stopped_by = pretrain(config, group)
     if stopped_by is not None:
         print(f"stopped by {stopped_by}, state saved; continue with run.resume=auto", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,25 @@ class PretrainConfig:
                 f"nearest: [{_nearest_multiple(height, p_h)}, {_nearest_multiple(width, p_w)}]"
             )
         build_sampler(self.mask.kind, self.grid, self.mask.ratio)
+
+    def resolved(self) -> PretrainConfig:
+        """The same run with everything spelt out that a size or the number of channels implies."""
+        mean, std = self.data.normalisation
+        size, model = get_size(self.model.size), self.model
+        return replace(
+            self,
+            data=replace(self.data, image_size=list(self.data.size), mean=mean, std=std),
+            model=replace(
+                model,
+                patch_size=list(model.patch),
+                width=model.width or size.width,
+                depth=model.depth or size.depth,
+                num_heads=model.num_heads or size.num_heads,
+                decoder_dim=model.decoder_dim or size.decoder_width,
+                decoder_depth=model.decoder_depth or size.decoder_depth,
+                decoder_num_heads=model.decoder_num_heads or size.decoder_num_heads,
+            ),
+        )
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -12,9 +12,12 @@ from mae_transfer.data.draws import Draws, Purpose
 from mae_transfer.data.source import CachedImages, ImageFolder
 from mae_transfer.data.transforms import normalise
 from mae_transfer.engine.precision import Precision
+from mae_transfer.errors import ConfigError
 from pretrain.baseline import BaselineLosses, baseline_losses
+from pretrain.config import PretrainConfig
 from pretrain.images import MaskedBatch, fixed_batch
-from pretrain.masking import MaskSampler
+from pretrain.load import load_mae
+from pretrain.masking import MaskSampler, build_sampler
 from pretrain.model import MaskedAutoencoder
 
 
@@ -56,6 +59,47 @@ def evaluate_loss(
             loss = model(images, batch.noise.to(precision.device), mask_ratio=sampler.ratio).loss
         total += loss.item() * len(images)
     return total / len(indices)
+
+
+def evaluate_checkpoint(config: PretrainConfig, checkpoint: str, device: torch.device) -> str:
+    """What ``tools/pretrain.py --evaluate`` prints: losses of a model and of the trivial predictors on unseen images.
+
+    Raises:
+        ConfigError: no ``data.val_path``. CheckpointError, DataError: as reading them.
+    """
+    if not config.data.val_roots:
+        raise ConfigError("data.val_path is not set; name the folder of unseen images: data.val_path=FOLDER")
+    loaded = load_mae(checkpoint)
+    model, info = loaded.model, loaded.info
+    source = ImageFolder(config.data.val_roots, channels=info.channels)
+    sampler = build_sampler(config.mask.kind, model.grid, config.mask.ratio)
+    indices = choose_images(len(source), limit=config.log.evaluate_images, seed=config.run.seed)
+    baselines = evaluate_baselines(
+        model, source, indices=indices, sampler=sampler, mean=info.mean, std=info.std, seed=config.run.seed
+    )
+    loss = evaluate_loss(
+        model.to(device),
+        source,
+        indices=indices,
+        sampler=sampler,
+        mean=info.mean,
+        std=info.std,
+        precision=Precision(config.train.precision, device),
+        seed=config.run.seed,
+    )
+    target = "pixels normalised patch by patch" if model.norm_pix_loss else "pixels"
+    rows = {
+        f"model ({loaded.path})": loss,
+        "mean of visible neighbours, in the target's units": baselines.neighbours,
+        "mean of visible neighbours' pixels, then normalised": baselines.neighbours_pixels,
+        "zero everywhere": baselines.zero,
+    }
+    lines = [
+        f"mean squared error over hidden patches ({target}), {len(indices)} images of "
+        f"{', '.join(map(str, config.data.val_roots))}, {config.mask.kind} mask of {config.mask.ratio:.0%}, "
+        f"seed {config.run.seed}"
+    ]
+    return "\n".join(lines + [f"{value:9.4f}  {name}" for name, value in rows.items()])
 
 
 @torch.inference_mode()

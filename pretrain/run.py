@@ -15,10 +15,11 @@ from mae_transfer.data.sampler import StepSampler, num_steps
 from mae_transfer.data.source import CachedImages, ImageFolder
 from mae_transfer.data.transforms import normalise
 from mae_transfer.engine.checkpoints import load_checkpoint
-from mae_transfer.engine.config import flatten, to_dict, to_yaml
+from mae_transfer.engine.config import build_config, flatten, to_dict, to_yaml
 from mae_transfer.engine.distribution import Processes, unwrap
 from mae_transfer.engine.metrics import MetricsLog
 from mae_transfer.engine.optimizer import build_adamw, decay_groups, warmup_cosine
+from mae_transfer.engine.precision import Precision
 from mae_transfer.engine.run_folder import RunFolder, git_commit, open_run_folder
 from mae_transfer.engine.trainer import Hook, Trainer
 from mae_transfer.errors import ConfigError
@@ -139,7 +140,29 @@ class PretrainRun:
         """Steps in ``epochs`` epochs, at least one."""
         return max(1, round(epochs * self.num_samples / self.config.train.batch_size))
 
-    def hooks(self, folder: RunFolder, trainer_precision: Any) -> list[Hook]:
+    def trainer(self, folder: RunFolder, metrics: MetricsLog | None) -> Trainer[MaskedBatch]:
+        """The loop of this run, at its beginning and without hooks."""
+        config = self.config
+        return Trainer(
+            model=self.model,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            loss=self.loss,
+            batches=self.batches,
+            keep_inputs=self.keep_inputs,
+            num_steps=self.num_steps,
+            num_samples=self.num_samples,
+            train=config.train,
+            checkpoint=config.checkpoint,
+            log_every_steps=config.log.every_steps,
+            clip_grad=config.optim.clip_grad,
+            processes=self.processes,
+            folder=folder,
+            metrics=metrics,
+            state={"config": to_dict(config.resolved()), "metadata": self.metadata()},
+        )
+
+    def hooks(self, folder: RunFolder, precision: Precision) -> list[Hook]:
         """Loss on unseen images, and pictures of a few of them (of training images where there are no others)."""
         log, seed = self.config.log, self.config.run.seed
         hooks = []
@@ -155,7 +178,7 @@ class PretrainRun:
                     sampler=self.sampler,
                     mean=self.mean,
                     std=self.std,
-                    precision=trainer_precision,
+                    precision=precision,
                     seed=seed,
                 )
                 logger.info("step %d: loss on %d unseen images %.4f", step, len(chosen), loss)
@@ -222,7 +245,7 @@ def pretrain(config: PretrainConfig, processes: Processes) -> str | None:
         _check_same_run(state["config"], config)
     metrics = None
     if processes.is_main:
-        folder.write_description(to_yaml(config))
+        folder.write_description(to_yaml(config.resolved()))
         if checkpoint is not None:
             _bring_metrics(checkpoint, folder, state["step"] if state else 0)
         metrics = MetricsLog(
@@ -230,24 +253,7 @@ def pretrain(config: PretrainConfig, processes: Processes) -> str | None:
             last_step=state["step"] if state else 0,
             tensorboard=folder.tensorboard if config.log.tensorboard else None,
         )
-    trainer = Trainer[MaskedBatch](
-        model=run.model,
-        optimizer=run.optimizer,
-        schedule=run.schedule,
-        loss=run.loss,
-        batches=run.batches,
-        keep_inputs=run.keep_inputs,
-        num_steps=run.num_steps,
-        num_samples=run.num_samples,
-        train=config.train,
-        checkpoint=config.checkpoint,
-        log_every_steps=config.log.every_steps,
-        clip_grad=config.optim.clip_grad,
-        processes=processes,
-        folder=folder,
-        metrics=metrics,
-        state={"config": to_dict(config), "metadata": run.metadata()},
-    )
+    trainer = run.trainer(folder, metrics)
     trainer.hooks = run.hooks(folder, trainer.precision)
     if state is not None:
         trainer.load_state_dict(state)
@@ -294,11 +300,12 @@ def _bring_metrics(checkpoint: Path, folder: RunFolder, step: int) -> None:
 
 def _check_same_run(before: dict[str, Any], config: PretrainConfig) -> None:
     """Raises ConfigError where a key that changes the losses differs from the checkpoint's."""
-    now, then = flatten(to_dict(config)), flatten(before)
+    # Read back through the schema, so that a key added since the checkpoint was written stands at its default.
+    now, then = flatten(to_dict(config.resolved())), flatten(to_dict(build_config(PretrainConfig, before).resolved()))
     changed = [
-        f"{key} was {then.get(key)}, is {now.get(key)}"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key) and not key.startswith(_FREE_ON_RESUME)
+        f"{key} was {then[key]}, is {now[key]}"
+        for key in sorted(now)
+        if now[key] != then[key] and not key.startswith(_FREE_ON_RESUME)
     ]
     if changed:
         raise ConfigError(

@@ -70,15 +70,19 @@ def apply_crop(image: Image.Image, crop: Crop, *, size: tuple[int, int]) -> np.n
     return pixels[:, ::-1] if crop.flip else pixels
 
 
+def centre_box(image: Image.Image, *, size: tuple[int, int]) -> Crop:
+    """The largest centred box of the aspect ratio of ``size`` (H, W)."""
+    factor = min(image.width / size[1], image.height / size[0])
+    w, h = max(1, round(size[1] * factor)), max(1, round(size[0] * factor))
+    return Crop(left=(image.width - w) // 2, top=(image.height - h) // 2, width=w, height=h, flip=False)
+
+
 def centre_crop(image: Image.Image, *, size: tuple[int, int]) -> np.ndarray:
-    """The largest centred box of the aspect ratio of ``size`` (H, W), resized to it: (H, W, C) uint8.
+    """``centre_box`` resized to ``size``: (H, W, C) uint8.
 
     What evaluation and pictures use: nothing is distorted and as much as possible is seen.
     """
-    factor = min(image.width / size[1], image.height / size[0])
-    w, h = max(1, round(size[1] * factor)), max(1, round(size[0] * factor))
-    crop = Crop(left=(image.width - w) // 2, top=(image.height - h) // 2, width=w, height=h, flip=False)
-    return apply_crop(image, crop, size=size)
+    return apply_crop(image, centre_box(image, size=size), size=size)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

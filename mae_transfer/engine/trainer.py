@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from mae_transfer.engine.checkpoints import CheckpointConfig, checkpoint_path, save_checkpoint
+from mae_transfer.engine.checkpoints import CheckpointConfig, save_checkpoint
 from mae_transfer.engine.distribution import Processes, no_sync, unwrap
 from mae_transfer.engine.metrics import MetricsLog
 from mae_transfer.engine.precision import PRECISIONS, Precision
@@ -158,6 +158,19 @@ class Trainer(Generic[BatchT]):
                     break
         self.progress.close()
         return stop.received or "signal" if self.step < self.num_steps else None
+
+    def timed_steps(self, count: int) -> list[float]:
+        """Seconds of each of ``count`` real steps, nothing written: what a dry run measures."""
+        wrapped = self._wrap()
+        self.model.train()
+        batches = self.batches(self.step)
+        seconds = []
+        for _ in range(count):
+            before = time.perf_counter()
+            self._train_step(wrapped, batches)
+            self._pending.pop()[2].tolist()  # waits for the device
+            seconds.append(time.perf_counter() - before)
+        return seconds
 
     def _wrap(self) -> nn.Module:
         model = self.processes.wrap(self.model)
@@ -305,7 +318,3 @@ class Trainer(Generic[BatchT]):
         torch.set_rng_state(state["rng"])
         self.step = state["step"]
         self.skipped = state["skipped"]
-
-    @property
-    def last_checkpoint(self) -> str:
-        return str(checkpoint_path(self.folder.checkpoints, self.step))

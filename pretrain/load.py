@@ -1,0 +1,79 @@
+"""A masked autoencoder from any file that holds one, decoder included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mae_transfer.checkpoint import EncoderInfo, read_checkpoint
+from mae_transfer.engine.checkpoints import latest_checkpoint
+from mae_transfer.errors import CheckpointError
+from mae_transfer.sizes import SIZES
+from pretrain.model import MaskedAutoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedMAE:
+    """A model in evaluation mode and what its file says of its input."""
+
+    model: MaskedAutoencoder
+    info: EncoderInfo
+    path: Path
+
+
+def load_mae(path: str | Path) -> LoadedMAE:
+    """The masked autoencoder of a run folder (its ``model.safetensors``, or the newest training state while it still
+    runs), of a training state, or of an official pretraining file that kept its decoder.
+
+    Raises:
+        CheckpointError: unreadable, of another family, or without a decoder.
+    """
+    path = _model_file(Path(path))
+    checkpoint = read_checkpoint(path)
+    tensors, info = checkpoint.tensors, checkpoint.info
+    if "decoder_embed.weight" not in tensors:
+        raise CheckpointError(
+            f"{path} has no decoder, so it cannot reconstruct; give the run's model.safetensors or a file of "
+            "checkpoints/, not encoder.safetensors"
+        )
+    decoder_width = tensors["decoder_embed.weight"].shape[0]
+    model = MaskedAutoencoder(
+        image_size=info.image_size,
+        patch_size=info.patch_size,
+        in_channels=info.channels,
+        width=info.width,
+        depth=info.depth,
+        num_heads=info.num_heads,
+        mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / info.width,
+        decoder_width=decoder_width,
+        decoder_depth=1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("decoder_blocks.")),
+        decoder_num_heads=info.decoder_num_heads or _decoder_heads(decoder_width, path),
+        # Unknown for official files: most released ones were trained on normalised pixels (paper, Table 1d).
+        norm_pix_loss=info.normalised_target is not False,
+        mask_tokens_in_encoder="encoder_mask_token" in tensors,
+    )
+    wanted, given = set(model.state_dict()), set(tensors)
+    if wanted != given:
+        raise CheckpointError(
+            f"{path} is not a masked autoencoder known here: it lacks {sorted(wanted - given)[:4]} and has "
+            f"{sorted(given - wanted)[:4]} besides"
+        )
+    model.load_state_dict(tensors)
+    return LoadedMAE(model=model.eval(), info=info, path=path)
+
+
+def _model_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    finished = path / "model.safetensors"
+    found = finished if finished.is_file() else latest_checkpoint(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{path} holds neither model.safetensors nor a training state in checkpoints/")
+    return found
+
+
+def _decoder_heads(decoder_width: int, path: Path) -> int:
+    heads = {size.decoder_width: size.decoder_num_heads for size in SIZES.values()}.get(decoder_width)
+    if heads is None:
+        raise CheckpointError(f"{path} does not say how many heads its {decoder_width}-wide decoder has")
+    return heads

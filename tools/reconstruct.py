@@ -1,0 +1,13 @@
+"""Hide parts of images and let a pretrained model fill them in. See --help."""
+
+import sys
+from pathlib import Path
+
+# Python puts this folder first on its path, where pretrain.py would be found as the package "pretrain".
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from mae_transfer.errors import run_tool  # noqa: E402
+from pretrain.reconstruct import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
