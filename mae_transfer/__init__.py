@@ -1,4 +1,4 @@
-"""mae-transfer: masked-autoencoder pretraining of Vision Transformers, carried to detection, segmentation, classification.
+"""mae-transfer: Vision Transformers pretrained as masked autoencoders, carried to the tasks that people have.
 
     from mae_transfer import VisionTransformer, build_vit, load_backbone
 

@@ -78,6 +78,7 @@ class Attention(nn.Module):
                 f"relative_position is {relative!r}; expected one of {', '.join(map(str, RELATIVE_KINDS))}"
             )
         self.num_heads = num_heads
+        self.has_qkv_bias = qkv_bias
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
         self.relative = relative
@@ -165,7 +166,7 @@ class WindowAttention(Attention):
 
     def _pad(self, qkv: Tensor, pad_h: int, pad_w: int) -> Tensor:
         """(N, h, w, 3D) -> (N, h + pad_h, w + pad_w, 3D), padding = the projection of a zero token."""
-        if self.qkv.bias is None:
+        if not self.has_qkv_bias:
             return F.pad(qkv, (0, 0, 0, pad_w, 0, pad_h))
         n, h, w, channels = qkv.shape
         padded = self.qkv.bias.to(qkv.dtype).expand(n, h + pad_h, w + pad_w, channels).clone()

@@ -1,8 +1,8 @@
 """Feature pyramids of strides 4, 8, 16, 32 from a transformer's single-scale maps.
 
-``FourTapPyramid`` (Li et al. 2021, Section 2.1; the same module is MMSegmentation's Feature2Pyramid) rescales four taps;
-``SimpleFeaturePyramid`` (ViTDet, Section 3) rescales the last map four times. Scale factors follow from the patch
-size, so the strides are the same whatever the patch.
+``FourTapPyramid`` (Li et al. 2021, Section 2.1; the same module is MMSegmentation's Feature2Pyramid) rescales four
+taps; ``SimpleFeaturePyramid`` (ViTDet, Section 3) rescales the last map four times. Scale factors follow from the
+patch size, so the strides are the same whatever the patch.
 
 Shapes: N batch, D width, (h, w) patch grid.
 """

@@ -320,5 +320,5 @@ def size_arguments(size: str) -> dict[str, Any]:
 
 
 def build_vit(size: str = "base", **overrides: Any) -> VisionTransformer:
-    """A VisionTransformer of a named size ("tiny", "small", "base", "large", "huge"); any argument can be overridden."""
+    """A VisionTransformer of a named size ("tiny" … "huge"); any argument can be overridden."""
     return VisionTransformer(**{**size_arguments(size), **overrides})

@@ -2,7 +2,14 @@
 
 from mae_transfer.checkpoint.files import atomic_write, write_safetensors, write_torch
 from mae_transfer.checkpoint.info import IMAGENET_MEAN, IMAGENET_STD, EncoderInfo
-from mae_transfer.checkpoint.load import Report, describe, encoder_state, image_statistics, load_backbone, load_checkpoint
+from mae_transfer.checkpoint.load import (
+    Report,
+    describe,
+    encoder_state,
+    image_statistics,
+    load_backbone,
+    load_checkpoint,
+)
 from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
 
 __all__ = [

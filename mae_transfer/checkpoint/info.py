@@ -73,7 +73,9 @@ class EncoderInfo:
         for field in dataclasses.fields(cls):
             if field.name not in metadata:
                 if field.default is dataclasses.MISSING:
-                    raise CheckpointError(f"{source}: metadata lacks {field.name}; the file was not written by this project")
+                    raise CheckpointError(
+                        f"{source}: metadata lacks {field.name}; the file was not written by this project"
+                    )
                 continue
             text = metadata[field.name]
             if field.type == "str":

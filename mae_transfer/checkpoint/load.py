@@ -27,7 +27,9 @@ _NEW_IN_TRANSFER = re.compile(
 # Tensors that a backbone has no use for.
 _NOT_OF_THE_ENCODER = re.compile(r"^(decoder_|mask_token$|encoder_mask_token$|head\.|head_norm\.|fc_norm\.)")
 # What a host may have been built without.
-_OPTIONAL_IN_HOST = re.compile(r"^(cls_token$|norm\.|.*\.ls[12]\.gamma$|.*\.rel_pos_[hw]$|.*relative_position_bias_table$)")
+_OPTIONAL_IN_HOST = re.compile(
+    r"^(cls_token$|norm\.|.*\.ls[12]\.gamma$|.*\.rel_pos_[hw]$|.*relative_position_bias_table$)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,9 @@ class Report:
     info: EncoderInfo = field(repr=False)
 
     def __str__(self) -> str:
+        patch, image = "x".join(map(str, self.info.patch_size)), "x".join(map(str, self.info.image_size))
         lines = [
-            f"{self.source} ({self.family}, {self.info.size}, patch {self.info.patch_size[0]}x{self.info.patch_size[1]}, "
-            f"{self.info.image_size[0]}x{self.info.image_size[1]} px)",
+            f"{self.source} ({self.family}, {self.info.size}, patch {patch}, {image} px)",
             f"  loaded      {len(self.loaded)} tensors",
         ]
         if self.resized:
@@ -156,7 +158,9 @@ def fit(name: str, tensor: Tensor, vit: VisionTransformer, info: EncoderInfo) ->
     side = (math.isqrt(tensor.shape[0] - extra) + 1) // 2
     grid_to = attention.table_grid
     assert isinstance(grid_to, tuple)
-    grid_from = info.grid if (2 * info.grid[0] - 1) * (2 * info.grid[1] - 1) + extra == tensor.shape[0] else (side, side)
+    grid_from = (
+        info.grid if (2 * info.grid[0] - 1) * (2 * info.grid[1] - 1) + extra == tensor.shape[0] else (side, side)
+    )
     return resize_bias_table(tensor, grid_from, grid_to)
 
 

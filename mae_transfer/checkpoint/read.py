@@ -13,7 +13,6 @@ from mae_transfer.checkpoint.files import read_safetensors, read_torch
 from mae_transfer.checkpoint.info import EncoderInfo, infer_info
 from mae_transfer.errors import CheckpointError
 
-OWN_FAMILY = "mae-transfer"
 # The state dict of a training checkpoint hides below one of these.
 _NESTS = ("model", "state_dict", "model_state", "module")
 # Prefixes of hosts and wrappers around an encoder in our names, longest first.
@@ -26,7 +25,8 @@ class Checkpoint:
 
     Attributes:
         path: the file read.
-        family: "mae-transfer", "mae" (official pretraining), "mae-finetuned", "timm", "detectron2", "mmseg".
+        family: "mae-transfer", "mae" (official pretraining), "mae-finetuned",
+            "vit" (the same names without a decoder, timm's among them), "detectron2", "mmseg".
         tensors: in our key names; decoder and heads included where the file has them.
         info: architecture and input convention.
         has_metadata: the input convention was read from the file, not assumed.
@@ -120,6 +120,4 @@ def recognise(tensors: Mapping[str, Tensor], prefix: str) -> str:
         return "mmseg"
     if "decoder_pred.weight" in tensors or "mask_token" in tensors:
         return "mae"
-    if "fc_norm.weight" in tensors or "head.weight" in tensors:
-        return "mae-finetuned"
-    return "vit"
+    return "mae-finetuned" if "fc_norm.weight" in tensors else "vit"

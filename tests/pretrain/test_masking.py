@@ -65,7 +65,9 @@ def test_block_masks_are_contiguous(ratio: float) -> None:
     # A hidden block of at least 4 x 2 patches or 2 x 4 stands in every mask (min_block is 16 at aspect 0.3 .. 3.3).
     for _ in range(20):
         mask = block.mask(generator).reshape(grid)
-        windows = [np.lib.stride_tricks.sliding_window_view(mask, shape).all(axis=(2, 3)).any() for shape in ((4, 2), (2, 4))]
+        windows = [
+            np.lib.stride_tricks.sliding_window_view(mask, shape).all(axis=(2, 3)).any() for shape in ((4, 2), (2, 4))
+        ]
         assert any(windows)
 
 

@@ -62,11 +62,19 @@ def test_official_keys() -> None:
         shapes = {name: tuple(t.shape) for name, t in build_mae("mae_vit_base_patch16").state_dict().items()}
     block = {
         **{f"{norm}.{part}": None for norm in ("norm1", "norm2") for part in ("weight", "bias")},
-        **{f"{lin}.{part}": None for lin in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2") for part in ("weight", "bias")},
+        **{
+            f"{lin}.{part}": None
+            for lin in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+            for part in ("weight", "bias")
+        },
     }
     expected = {
         *("cls_token", "pos_embed", "mask_token", "decoder_pos_embed"),
-        *(f"{m}.{p}" for m in ("patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred") for p in ("weight", "bias")),
+        *(
+            f"{m}.{p}"
+            for m in ("patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred")
+            for p in ("weight", "bias")
+        ),
         *(f"blocks.{i}.{key}" for i in range(12) for key in block),
         *(f"decoder_blocks.{i}.{key}" for i in range(8) for key in block),
     }
