@@ -1,0 +1,328 @@
+"""From settings to MMSegmentation's config: BEiT's ADE20K recipe, as used by MAE (Appendix A.4).
+
+Four functions, each one part of the config: ``model``, ``data``, ``schedule``, ``runtime``. Everything that follows
+from a setting is computed here and nowhere else. Values are plain dictionaries, so that the config can be dumped and
+used by MMSegmentation's own tools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mae_transfer.errors import ConfigError
+from mae_transfer.position import to_pair
+from mae_transfer.segmentation.geometry import whole_maps
+from mae_transfer.segmentation.settings import Settings
+from mae_transfer.sizes import get_size
+
+MAX_WARMUP = 1500
+CAT_MAX_RATIO = 0.75  # no class fills more of a training crop, where ten tries find one
+LABEL_PAD = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What settings alone do not tell: the encoder file's metadata, the class names, and the processes.
+
+    ``size`` and ``patch_size`` are resolved; mean and std are RGB in 0..1.
+    """
+
+    size: str
+    patch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+    num_processes: int = 1
+    gpus: bool = False
+
+
+def model(settings: Settings, facts: Facts) -> dict[str, Any]:
+    """UperNet: MAEViT, MAEPyramid, UPerHead and the auxiliary FCN head on the third map."""
+    size = get_size(facts.size)
+    crop = crop_size(settings, facts.patch_size)
+    encoder, head = settings.encoder, settings.head
+    norm = _norm(settings, facts)
+    shared = {
+        "num_classes": len(facts.classes),
+        "dropout_ratio": head.dropout,
+        "norm_cfg": norm,
+        "align_corners": False,
+    }
+    auxiliary = {
+        "type": "FCNHead",
+        "in_channels": size.width,
+        "in_index": 2,
+        "channels": head.aux_channels,
+        "num_convs": 1,
+        "concat_input": False,
+        "loss_decode": _cross_entropy(head.aux_weight),
+        **shared,
+    }
+    return {
+        "type": "MAESegmentor",
+        "data_preprocessor": {
+            "type": "SegDataPreProcessor",
+            "mean": [255 * value for value in facts.mean],
+            "std": [255 * value for value in facts.std],
+            "bgr_to_rgb": True,  # images are read as BGR; MAE was trained on RGB
+            "pad_val": 0,
+            "seg_pad_val": LABEL_PAD,
+            "size": crop,
+        },
+        "backbone": {
+            "type": "MAEViT",
+            "size": facts.size,
+            "patch_size": facts.patch_size,
+            "image_size": crop,
+            "taps": size.segmentation_taps,
+            "relative_position": encoder.relative_position,
+            "layer_scale": encoder.layer_scale,
+            "drop_path": size.segmentation_drop_path if encoder.drop_path is None else encoder.drop_path,
+            "checkpointing": encoder.checkpointing,
+            "init_checkpoint": settings.init_checkpoint,
+        },
+        "neck": {
+            "type": "MAEPyramid",
+            "width": size.width,
+            "patch_size": facts.patch_size,
+            "norm": {"SyncBN": "syncbn", "BN": "bn", "GN": "gn"}[norm["type"]],
+        },
+        "decode_head": {
+            "type": "UPerHead",
+            "in_channels": [size.width] * 4,
+            "in_index": [0, 1, 2, 3],
+            "pool_scales": head.pool_scales,
+            "channels": head.channels or size.width,
+            "loss_decode": _cross_entropy(1.0),
+            **shared,
+        },
+        "auxiliary_head": auxiliary if head.aux_weight else None,
+        "train_cfg": {},
+        "test_cfg": {
+            "mode": "slide",
+            "crop_size": crop,
+            "stride": _stride(settings, crop),
+            "window_batch": settings.test.window_batch,
+            "precision": "bf16" if settings.train.precision == "bf16" else "fp32",
+        },
+    }
+
+
+def data(settings: Settings, facts: Facts) -> dict[str, Any]:
+    """Data loaders, evaluators and the test-time-augmentation pipeline."""
+    dataset = settings.dataset
+    crop = crop_size(settings, facts.patch_size)
+    bound = dataset.resize or (4 * min(crop), min(crop))
+    read: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}]
+    resize = {"type": "Resize", "scale": bound, "keep_ratio": True}
+    train_pipeline = [
+        *read,
+        {"type": "LoadIndexMask"},
+        {"type": "RandomResize", "scale": bound, "ratio_range": dataset.scale_range, "keep_ratio": True},
+        {"type": "RandomCrop", "crop_size": crop, "cat_max_ratio": CAT_MAX_RATIO},
+        {"type": "RandomFlip", "prob": 0.5},
+        {"type": "PhotoMetricDistortion"},
+        {"type": "PackSegInputs"},
+    ]
+    # The mask is read after resizing: predictions are brought to the image's own size and compared there.
+    test_pipeline = [*read, resize, {"type": "LoadIndexMask"}, {"type": "PackSegInputs"}]
+    scaled = [{"type": "Resize", "scale_factor": scale, "keep_ratio": True} for scale in settings.test.scales]
+    flipped = [{"type": "RandomFlip", "prob": prob, "direction": "horizontal"} for prob in (0.0, 1.0)]
+    # Scales multiply the *resized* image: ``resize`` comes before TestTimeAug.
+    augmented = {
+        "type": "TestTimeAug",
+        "transforms": [scaled, flipped, [{"type": "LoadIndexMask"}], [{"type": "PackSegInputs"}]],
+    }
+
+    def source(split: str, pipeline: Sequence[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+        return {
+            "type": "ADEFolder",
+            "root": dataset.root,
+            "split": split,
+            "classes": list(facts.classes),
+            "reduce_zero_label": dataset.reduce_zero_label,
+            "pipeline": list(pipeline),
+            **extra,
+        }
+
+    workers = {"num_workers": dataset.workers, "persistent_workers": dataset.workers > 0}
+    validation = {
+        "batch_size": 1,
+        **workers,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+        "dataset": source(dataset.val_split, test_pipeline, test_mode=True),
+    }
+    return {
+        "train_dataloader": {
+            "batch_size": _batch_per_process(settings, facts),
+            **workers,
+            "sampler": {"type": "ReplaySampler", "shuffle": True},
+            "dataset": source(dataset.train_split, train_pipeline),
+        },
+        "val_dataloader": validation,
+        "test_dataloader": {**validation},
+        "val_evaluator": {"type": "IoUMetric", "iou_metrics": ["mIoU"]},
+        "test_evaluator": {"type": "IoUMetric", "iou_metrics": ["mIoU"]},
+        "tta_pipeline": [*read, resize, augmented],
+        "tta_model": {"type": "SegTTAModel"},
+    }
+
+
+def schedule(settings: Settings, facts: Facts) -> dict[str, Any]:
+    """AdamW with layer decay; linear warm-up from a millionth, then linear to zero at the end of the run."""
+    train = settings.train
+    warmup = _warmup(settings)
+    val_interval = min(train.val_interval or max(1, train.max_iters // 10), train.max_iters)
+    decay = get_size(facts.size).segmentation_layer_decay if train.layer_decay is None else train.layer_decay
+    decline = {
+        "type": "PolyLR",
+        "power": 1.0,
+        "eta_min": 0.0,
+        "begin": warmup,
+        "end": train.max_iters,
+        "by_epoch": False,
+    }
+    rise = {"type": "LinearLR", "start_factor": 1e-6, "begin": 0, "end": warmup, "by_epoch": False}
+    return {
+        "optim_wrapper": {
+            **_wrapper(train.precision, gpus=facts.gpus),
+            "optimizer": {
+                "type": "AdamW",
+                "lr": train.lr,
+                "betas": (0.9, 0.999),
+                "weight_decay": train.weight_decay,
+            },
+            "paramwise_cfg": {"decay_rate": decay, "weight_decay_groups": train.weight_decay_groups},
+            "constructor": "MAELayerDecayConstructor",
+            "clip_grad": None,
+        },
+        "param_scheduler": [rise, decline] if warmup else [decline],
+        "train_cfg": {"type": "IterBasedTrainLoop", "max_iters": train.max_iters, "val_interval": val_interval},
+        "val_cfg": {"type": "ValLoop"},
+        "test_cfg": {"type": "TestLoop"},
+    }
+
+
+def runtime(settings: Settings, facts: Facts, work_dir: str) -> dict[str, Any]:
+    """Hooks, logs, checkpoints, environment."""
+    train = settings.train
+    val_interval = min(train.val_interval or max(1, train.max_iters // 10), train.max_iters)
+    return {
+        "default_scope": "mmseg",
+        "custom_imports": {"imports": ["mae_transfer.segmentation"], "allow_failed_imports": False},
+        "work_dir": work_dir,
+        "default_hooks": {
+            "timer": {"type": "IterTimerHook"},
+            "logger": {"type": "LoggerHook", "interval": train.log_interval, "log_metric_by_epoch": False},
+            "param_scheduler": {"type": "ParamSchedulerHook"},
+            "checkpoint": {
+                "type": "CheckpointHook",
+                "by_epoch": False,
+                "interval": train.checkpoint_interval or val_interval,
+                "max_keep_ckpts": train.keep_checkpoints,
+                "save_best": "mIoU",
+                "rule": "greater",
+            },
+            "sampler_seed": {"type": "DistSamplerSeedHook"},
+        },
+        "custom_hooks": [
+            {"type": "ReplayRandomness"},
+            {"type": "StopOnBadLoss", "interval": train.log_interval},
+            {"type": "PredictionPictures", "folder": f"{work_dir}/predictions", "count": settings.test.pictures},
+        ],
+        "visualizer": {
+            "type": "SegLocalVisualizer",
+            "vis_backends": [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}],
+            "name": "visualizer",
+        },
+        "log_processor": {"by_epoch": False, "window_size": train.log_interval},
+        "log_level": "INFO",
+        "env_cfg": {
+            "cudnn_benchmark": True,
+            "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0},
+            "dist_cfg": {"backend": "nccl" if facts.gpus else "gloo"},
+        },
+        "randomness": {"seed": train.seed},
+        "load_from": None,
+        "resume": False,
+        "launcher": "none",
+    }
+
+
+def _warmup(settings: Settings) -> int:
+    """Iterations of the rise. MMEngine's LinearLR reaches its end on its last iteration, so one alone never would."""
+    warmup, max_iters = settings.train.warmup_iters, settings.train.max_iters
+    if warmup is None:
+        warmup = min(MAX_WARMUP, max_iters // 10)
+        return warmup if warmup > 1 else 0
+    if warmup == 1 or not 0 <= warmup < max_iters:
+        raise ConfigError(f"train.warmup_iters is {warmup}; expected 0, or 2 to {max_iters - 1} (train.max_iters - 1)")
+    return warmup
+
+
+def crop_size(settings: Settings, patch_size: int) -> tuple[int, int]:
+    """(H, W) of training crops and test windows.
+
+    Raises:
+        ConfigError: not a whole number of patches, or of what the pyramid resamples patches to.
+    """
+    crop = to_pair(settings.dataset.crop_size, "dataset.crop_size")
+    unit = whole_maps(patch_size)
+    if crop[0] % unit or crop[1] % unit:
+        below = max(min(crop) // unit * unit, unit)
+        raise ConfigError(
+            f"dataset.crop_size {crop[0]}x{crop[1]} does not fit {patch_size}-pixel patches and the pyramid over them; "
+            f"both sides must be multiples of {unit}, such as {below} or {below + unit}"
+        )
+    return crop
+
+
+def _stride(settings: Settings, crop: tuple[int, int]) -> tuple[int, int]:
+    if settings.test.stride is None:
+        return (crop[0] * 2 // 3, crop[1] * 2 // 3)
+    stride = to_pair(settings.test.stride, "test.stride")
+    if stride[0] > crop[0] or stride[1] > crop[1]:
+        raise ConfigError(f"test.stride {stride[0]}x{stride[1]} leaves gaps between windows of {crop[0]}x{crop[1]}")
+    return stride
+
+
+def _batch_per_process(settings: Settings, facts: Facts) -> int:
+    batch = settings.train.batch_size
+    if batch % facts.num_processes:
+        raise ConfigError(
+            f"train.batch_size {batch} is over all processes and cannot be shared evenly by {facts.num_processes}"
+        )
+    return batch // facts.num_processes
+
+
+def _cross_entropy(weight: float) -> dict[str, Any]:
+    """As published, averaged over all pixels, ignored ones included (MMSegmentation warns of it once)."""
+    return {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": weight, "avg_non_ignore": False}
+
+
+def _norm(settings: Settings, facts: Facts) -> dict[str, Any]:
+    """The heads' normalisation. SyncBN needs GPUs and is BN on one process, so "auto" picks by both."""
+    name = settings.head.norm
+    if name == "auto":
+        name = "syncbn" if facts.num_processes > 1 and facts.gpus else "bn"
+    if name == "gn":
+        return {"type": "GN", "num_groups": 32, "requires_grad": True}
+    alone = name == "bn" or facts.num_processes == 1
+    if alone and _batch_per_process(settings, facts) == 1:
+        raise ConfigError(
+            "a batch of 1 image to a process leaves batch normalisation nothing to average over in the pooled "
+            "branch; give train.batch_size of at least 2 a process, or head.norm=gn"
+        )
+    return {"type": "SyncBN" if name == "syncbn" else "BN", "requires_grad": True}
+
+
+def _wrapper(precision: str, *, gpus: bool) -> dict[str, Any]:
+    if precision == "fp32":
+        return {"type": "OptimWrapper"}
+    if precision == "bf16":
+        return {"type": "MAEAmpOptimWrapper", "dtype": "bfloat16"}
+    if not gpus:
+        raise ConfigError("train.precision fp16 needs a CUDA device; use bf16 or fp32 here")
+    return {"type": "AmpOptimWrapper", "dtype": "float16", "loss_scale": "dynamic"}

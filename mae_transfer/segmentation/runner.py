@@ -1,0 +1,77 @@
+"""MMEngine's Runner with checkpoints that are whole or not there, and weights read without running pickles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import Runner
+from numpy._core import multiarray
+from torch import Tensor, nn
+
+from mae_transfer.checkpoint.files import read_torch
+from mae_transfer.errors import CheckpointError
+
+
+class SegmentationRunner(Runner):
+    """Runner whose checkpoints are written under a temporary name and renamed."""
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """As Runner's; a run killed while saving leaves the checkpoint of before as it was."""
+        temporary = f".{filename}.tmp"
+        super().save_checkpoint(out_dir, temporary, *args, **kwargs)
+        (Path(out_dir) / temporary).replace(Path(out_dir) / filename)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Put a segmentation checkpoint's weights into a whole model, strictly.
+
+    Raises:
+        CheckpointError: the file is missing, unsafe or damaged, or of another model.
+    """
+    state = read_weights(path)
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    differing = [
+        f"{name} {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{label} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for label, names in (("lacks", missing), ("also holds", unexpected), ("shapes differ:", differing))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} is not of this model: {'; '.join(problems)}. Give the config and the dataset.* options it was "
+            "trained with (its work dir holds them as a .py file)"
+        )
+    model.load_state_dict(state)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """``state_dict`` of a checkpoint that MMEngine wrote.
+
+    Raises:
+        CheckpointError: missing, damaged, or holding objects other than tensors, arrays and MMEngine's histories.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    with torch.serialization.safe_globals(_safe_globals()):
+        content = read_torch(path)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state_dict; expected a checkpoint that train_seg wrote")
+    return state
+
+
+def _safe_globals() -> list[Any]:
+    """What MMEngine's log histories are made of."""
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.uint32, np.bool_)]
+    return [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *kinds]

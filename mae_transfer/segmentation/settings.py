@@ -1,0 +1,228 @@
+"""The settings of a segmentation run: every number that a user gives, each once.
+
+A config file in ``configs/segmentation`` holds these sections as plain dictionaries (inherited through ``_base_``) and
+``--cfg-options`` override them by their dotted names; ``recipe`` then derives MMSegmentation's config from them.
+A value of None means "derived": the field's comment says from what.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mae_transfer.engine.config import valid_keys
+from mae_transfer.errors import ConfigError, unknown_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSettings:
+    """A folder in ADE20K's layout and how images are brought to size."""
+
+    root: str = "data/ade/ADEChallengeData2016"
+    classes: str | None = None  # .txt (a name a line) or .json (list of names); None: ROOT/classes.txt, else the masks
+    reduce_zero_label: bool = True  # label 0 is "unlabelled": ignored, and the other labels count from 0
+    crop_size: int | tuple[int, int] = 512  # training crop and test window, pixels
+    resize: tuple[int, int] | None = None  # bound on the (longer, shorter) side; None: (4, 1) x the crop's shorter side
+    scale_range: tuple[float, float] = (0.5, 2.0)  # training scales, relative to ``resize``
+    train_split: str = "training"
+    val_split: str = "validation"
+    workers: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """The Vision Transformer under the head."""
+
+    size: str | None = None  # None: as in the checkpoint's metadata
+    patch_size: int | None = None  # None: as in the checkpoint's metadata, else the size's own
+    relative_position: str | None = "bias"  # BEiT's table in every block, zero at the start; None for none
+    layer_scale: float | None = 1.0
+    drop_path: float | None = None  # None: the size's in BEiT's recipe
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings:
+    """UPerHead and the auxiliary FCN head."""
+
+    channels: int | None = None  # None: the encoder's width
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    dropout: float = 0.1
+    norm: str = "auto"  # auto: SyncBN on several GPUs, BN otherwise; or bn, syncbn, gn
+    aux_channels: int = 256
+    aux_weight: float = 0.4  # 0: no auxiliary head
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Optimisation and what is written while it runs."""
+
+    max_iters: int = 160_000
+    batch_size: int = 16  # over all processes
+    seed: int = 0
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+    layer_decay: float | None = None  # None: the size's in BEiT's recipe
+    weight_decay_groups: str = "clean"  # or "parity": as published, position embeddings and tables decayed
+    warmup_iters: int | None = None  # None: 1500, or a tenth of a run shorter than 15 000
+    precision: str = "bf16"  # fp32, bf16, fp16 (CUDA only)
+    val_interval: int | None = None  # None: a tenth of the run
+    checkpoint_interval: int | None = None  # None: val_interval
+    keep_checkpoints: int = 3
+    log_interval: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestSettings:
+    """Sliding-window inference and its pictures."""
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    stride: int | tuple[int, int] | None = None  # None: two thirds of the crop
+    window_batch: int = 4  # windows to a forward pass
+    scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta, on the resized image
+    pictures: int = 8  # overlays written at every validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All sections of a run."""
+
+    dataset: DatasetSettings = field(default_factory=DatasetSettings)
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    head: HeadSettings = field(default_factory=HeadSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    test: TestSettings = field(default_factory=TestSettings)
+    init_checkpoint: str | None = None  # encoder to start from; None: random weights
+
+
+def read_settings(values: Mapping[str, Any]) -> Settings:
+    """Settings from nested dictionaries, ``{"dataset": {"root": …}, "init_checkpoint": …}``.
+
+    Raises:
+        ConfigError: an unknown key (the nearest one is named) or a value of the wrong kind.
+    """
+    valid = valid_keys(Settings)
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = _SECTIONS.get(name)
+        if kind is None:
+            if name not in valid:
+                raise unknown_key(name, valid)
+            arguments[name] = _checked(name, value, typing.get_type_hints(Settings)[name])
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} is {value!r}; expected its settings as name = value: {_names(kind)}")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                raise unknown_key(f"{name}.{key}", valid)
+        arguments[name] = kind(**{key: _checked(f"{name}.{key}", entry, hints[key]) for key, entry in value.items()})
+    settings = Settings(**arguments)
+    _check_choices(settings)
+    return settings
+
+
+def settings_dict(settings: Settings) -> dict[str, Any]:
+    """The inverse of ``read_settings``: nested plain dictionaries."""
+    return dataclasses.asdict(settings)
+
+
+_SECTIONS: dict[str, type] = {
+    "dataset": DatasetSettings,
+    "encoder": EncoderSettings,
+    "head": HeadSettings,
+    "train": TrainSettings,
+    "test": TestSettings,
+}
+
+_CHOICES = {
+    "encoder.relative_position": (None, "bias"),
+    "head.norm": ("auto", "bn", "syncbn", "gn"),
+    "train.precision": ("fp32", "bf16", "fp16"),
+    "train.weight_decay_groups": ("clean", "parity"),
+}
+
+_AT_LEAST_ONE = (
+    "train.max_iters",
+    "train.batch_size",
+    "train.val_interval",
+    "train.checkpoint_interval",
+    "train.keep_checkpoints",
+    "train.log_interval",
+    "test.window_batch",
+)
+
+
+def _check_choices(settings: Settings) -> None:
+    def value_of(key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(settings, section), name)
+
+    for key, choices in _CHOICES.items():
+        if value_of(key) not in choices:
+            raise ConfigError(f"{key} is {value_of(key)!r}; expected one of {', '.join(map(str, choices))}")
+    for key in _AT_LEAST_ONE:
+        value = value_of(key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{key} is {value}; expected at least 1")
+
+
+def _names(kind: type) -> str:
+    return ", ".join(entry.name for entry in dataclasses.fields(kind))
+
+
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``, or a ConfigError that says what was expected."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for option in options:
+        converted = _as(value, option)
+        if converted is not _NO:
+            return converted
+    raise ConfigError(f"{key} is {value!r}; expected {' or '.join(_describe(option) for option in options)}")
+
+
+_NO = object()
+
+
+def _as(value: Any, kind: Any) -> Any:
+    if kind is type(None):
+        return None if value is None or value == "None" else _NO
+    if kind is bool:
+        return value if isinstance(value, bool) else _NO
+    if kind is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else _NO
+    if kind is float:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _NO
+    if kind is str:
+        return value if isinstance(value, str) else _NO
+    items = typing.get_args(kind)  # tuple[int, int] or tuple[int, ...]
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return _NO
+    entries = list(value)
+    if items[-1] is Ellipsis:
+        items = (items[0],) * len(entries)
+    if len(items) != len(entries) or not entries:
+        return _NO
+    converted = tuple(_as(entry, item) for entry, item in zip(entries, items, strict=True))
+    return _NO if _NO in converted else converted
+
+
+def _describe(kind: Any) -> str:
+    simple = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "None",
+    }
+    if kind in simple:
+        return simple[kind]
+    items = typing.get_args(kind)
+    if items[-1] is Ellipsis:
+        return "a list of numbers such as 1,2,3"
+    return f"{len(items)} numbers such as {','.join('1' for _ in items)}"

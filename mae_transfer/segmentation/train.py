@@ -1,0 +1,111 @@
+"""``tools/train_seg.py``: MMSegmentation's flags, our settings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
+from mmengine.registry import DefaultScope
+
+from mae_transfer.errors import ConfigError
+from mae_transfer.segmentation.config import load_config, process_count
+from mae_transfer.segmentation.folder import check_folder
+from mae_transfer.segmentation.runner import SegmentationRunner
+
+OPTIONS_HELP = (
+    "settings such as dataset.root=DIR dataset.classes=FILE dataset.reduce_zero_label=True dataset.crop_size=512 "
+    "init_checkpoint=encoder.safetensors train.max_iters=160000 train.batch_size=16 train.seed=0, from which the "
+    "config is derived, or keys of the derived config such as model.decode_head.dropout_ratio=0"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of train_seg."""
+    parser = argparse.ArgumentParser(prog="train_seg.py", description="Train UperNet on an MAE encoder.")
+    parser.add_argument("config", help="config file, such as configs/segmentation/upernet_tiny.py")
+    parser.add_argument("--work-dir", help="where logs, checkpoints and pictures go; work_dirs/CONFIG by default")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the work dir")
+    parser.add_argument("--amp", action="store_true", help="mixed precision: train.precision=bf16 where it is fp32")
+    parser.add_argument("--print-config", action="store_true", help="print the complete config and stop")
+    add_common_flags(parser)
+    return parser
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that training and testing share, as MMSegmentation names them."""
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="K=V", help=OPTIONS_HELP)
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, validating on the way.
+
+    Raises:
+        UserError: bad input.
+        RunFailed: the loss left the finite numbers.
+    """
+    arguments = build_parser().parse_args(argv)
+    os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    work_dir = arguments.work_dir or f"work_dirs/{Path(arguments.config).stem}"
+    config = load_config(
+        arguments.config,
+        arguments.cfg_options,
+        work_dir=work_dir,
+        num_processes=process_count(arguments.launcher),
+        amp=arguments.amp,
+    )
+    if arguments.print_config:
+        print(config.pretty_text)
+        return 0
+    config.launcher = arguments.launcher
+    config.resume = arguments.resume
+    main_process = os.environ.get("RANK", "0") == "0"
+    lines = [check_folder_of(config, split) for split in ("train", "val")] if main_process else []
+    if main_process:
+        refuse_used_folder(Path(work_dir), resume=arguments.resume)
+    runner = train(config, lines)
+    best = runner.message_hub.get_info("best_score") if "best_score" in runner.message_hub.runtime_info else None
+    if main_process:
+        said = f", best mIoU {best:.2f}" if best is not None else ""
+        print(f"trained {runner.iter} iterations{said}; checkpoints, logs and predictions/ are in {work_dir}")
+    return 0
+
+
+def train(config: Config, log_lines: Sequence[str] = ()) -> SegmentationRunner:
+    """Run the training of a complete config and return the runner behind it."""
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        runner = SegmentationRunner.from_cfg(config)
+        for line in log_lines:
+            print_log(line, logger="current")
+        runner.train()
+    return runner
+
+
+def check_folder_of(config: Config, which: str) -> str:
+    """Check the "train" or "val" split of the config's data set; returns a line for the log."""
+    settings = config.settings.dataset
+    return check_folder(
+        settings.root,
+        split=settings.train_split if which == "train" else settings.val_split,
+        num_classes=len(config.facts.classes),
+        reduce_zero_label=settings.reduce_zero_label,
+    )
+
+
+def refuse_used_folder(folder: Path, *, resume: bool) -> None:
+    """A run does not mix its files with another's.
+
+    Raises:
+        ConfigError: the folder holds something and the run does not continue what is there.
+    """
+    if folder.is_file():
+        raise ConfigError(f"--work-dir {folder} is a file; name a folder")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"--work-dir {folder} is not empty; give --resume to continue that run, or name another folder"
+        )

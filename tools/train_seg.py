@@ -1,0 +1,19 @@
+"""Train UperNet on an MAE encoder in MMSegmentation; see --help."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages, not tools/pretrain.py under their name
+
+from mae_transfer.errors import run_tool  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Import the framework only when it is run, so that its absence is one line."""
+    from mae_transfer.segmentation.train import main as train
+
+    return train(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
