@@ -62,11 +62,14 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> str:
         column, _ = place(x, low_y)
         parts.append(f'<text x="{column:.1f}" y="{height - bottom + 18}" text-anchor="middle">{_label(x)}</text>')
     for number, line in enumerate(series):
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line.points))
+        placed = [place(*point) for point in line.points]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         colour = COLOURS[number % len(COLOURS)]
         parts.append(
             f'<polyline fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round" points="{points}"/>'
         )
+        if len(placed) <= 12:  # few measurements are shown as such, and a single one is seen at all
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in placed]
     parts.append(
         f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
     )
