@@ -81,6 +81,7 @@ class PretrainRun:
             num_steps=self.num_steps,
             minimum=config.optim.min_lr,
         )
+        self.precision = Precision(config.train.precision, processes.device)
         self.step_sampler(0)  # refuses an impossible division of the batch before anything is built
         self.model = build_model(config).to(processes.device)
         self.optimizer = build_adamw(decay_groups(self.model, config.optim.weight_decay), config.optim)
@@ -153,6 +154,7 @@ class PretrainRun:
             num_steps=self.num_steps,
             num_samples=self.num_samples,
             train=config.train,
+            precision=self.precision,
             checkpoint=config.checkpoint,
             log_every_steps=config.log.every_steps,
             clip_grad=config.optim.clip_grad,
@@ -162,7 +164,7 @@ class PretrainRun:
             state={"config": to_dict(config.resolved()), "metadata": self.metadata()},
         )
 
-    def hooks(self, folder: RunFolder, precision: Precision) -> list[Hook]:
+    def hooks(self, folder: RunFolder) -> list[Hook]:
         """Loss on unseen images, and pictures of a few of them (of training images where there are no others)."""
         log, seed = self.config.log, self.config.run.seed
         hooks = []
@@ -178,7 +180,7 @@ class PretrainRun:
                     sampler=self.sampler,
                     mean=self.mean,
                     std=self.std,
-                    precision=precision,
+                    precision=self.precision,
                     seed=seed,
                 )
                 logger.info("step %d: loss on %d unseen images %.4f", step, len(chosen), loss)
@@ -254,7 +256,7 @@ def pretrain(config: PretrainConfig, processes: Processes) -> str | None:
             tensorboard=folder.tensorboard if config.log.tensorboard else None,
         )
     trainer = run.trainer(folder, metrics)
-    trainer.hooks = run.hooks(folder, trainer.precision)
+    trainer.hooks = run.hooks(folder)
     if state is not None:
         trainer.load_state_dict(state)
         logger.info("continuing from step %d of %d (%s)", trainer.step, run.num_steps, checkpoint)

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -95,6 +96,7 @@ class Trainer(Generic[BatchT]):
         num_steps: int,
         num_samples: int,
         train: TrainConfig,
+        precision: Precision,
         checkpoint: CheckpointConfig,
         log_every_steps: int,
         clip_grad: float | None,
@@ -121,7 +123,7 @@ class Trainer(Generic[BatchT]):
         self.metrics = metrics
         self.hooks = hooks
         self.extra_state = dict(state or {})
-        self.precision = Precision(train.precision, processes.device)
+        self.precision = precision
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.step = 0  # optimiser steps done
         self.skipped = 0
@@ -135,29 +137,31 @@ class Trainer(Generic[BatchT]):
         Raises:
             RunFailed: too many steps whose loss or gradients were not finite.
         """
-        first_step = self.step
-        self.progress = Progress(num_steps=self.num_steps, first_step=first_step, show=self.processes.is_main)
+        self.progress = Progress(num_steps=self.num_steps, first_step=self.step, show=self.processes.is_main)
         wrapped = self._wrap()
         self.model.train()
-        batches = self.batches(first_step)
-        with StopRequest() as stop:
+        batches = self.batches(self.step)
+        with StopRequest() as stop, closing(self.progress):
             self._timer = time.perf_counter()
             while self.step < self.num_steps:
                 self._train_step(wrapped, batches)
-                done = self.step == self.num_steps
-                due = [hook for hook in self.hooks if done or self.step % hook.every_steps == 0]
-                flush = done or bool(due) or self.step % self.log_every_steps == 0
-                save = done or self.step % self.checkpoint.every_steps == 0
-                # Alone, a signal is seen at once. Processes agree on it where they exchange values anyway.
-                stopping = (flush or not self.processes.is_distributed) and self.processes.any(bool(stop.received))
-                if flush or save or stopping:
-                    self._flush(self._run_hooks(due) if due else {})
-                if save or stopping:
-                    self.save()
-                if stopping and not done:
-                    break
-        self.progress.close()
-        return stop.received or "signal" if self.step < self.num_steps else None
+                if self._after_step(stop):
+                    return stop.received or "a signal to another process"
+        return None
+
+    def _after_step(self, stop: StopRequest) -> bool:
+        """Whatever is due after a step. True: asked to stop, and the state is saved."""
+        done = self.step == self.num_steps
+        due = [hook for hook in self.hooks if done or self.step % hook.every_steps == 0]
+        flush = done or bool(due) or self.step % self.log_every_steps == 0
+        save = done or self.step % self.checkpoint.every_steps == 0
+        # Alone, a signal is seen at once. Several processes agree on it where they exchange values anyway.
+        stopping = (flush or not self.processes.is_distributed) and self.processes.any(bool(stop.received))
+        if flush or save or stopping:
+            self._flush(self._run_hooks(due) if due else {})
+        if save or stopping:
+            self.save()
+        return stopping and not done
 
     def timed_steps(self, count: int) -> list[float]:
         """Seconds of each of ``count`` real steps, nothing written: what a dry run measures."""
@@ -296,7 +300,7 @@ class Trainer(Generic[BatchT]):
             "model": unwrap(self.model).state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
+            "random": {"torch": torch.get_rng_state()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -315,6 +319,6 @@ class Trainer(Generic[BatchT]):
         unwrap(self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["random"]["torch"])
         self.step = state["step"]
         self.skipped = state["skipped"]

@@ -1,0 +1,134 @@
+"""Atomic files, checkpoints, metrics, the run folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mae_transfer.engine.checkpoints import all_checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from mae_transfer.engine.files import atomic_path, write_text
+from mae_transfer.engine.metrics import MetricsLog, read_metrics
+from mae_transfer.engine.run_folder import RunConfig, describe_environment, open_run_folder
+from mae_transfer.errors import CheckpointError, ConfigError, DataError, RunFailed
+
+
+def test_a_block_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+
+    def killed_half_way() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed_half_way()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_a_failed_run_with_its_reason() -> None:
+    with pytest.raises(RunFailed, match="cannot write"):
+        write_text("/proc/file.txt", "text")
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 100, 20):
+        save_checkpoint(tmp_path, {"step": step, "model": {"weight": torch.full((2,), float(step))}}, keep=2)
+    assert [path.name for path in all_checkpoints(tmp_path)] == ["step-00000020.pt", "step-00000100.pt"]
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert load_checkpoint(latest)["model"]["weight"].tolist() == [100, 100]
+
+
+def test_checkpoints_that_are_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "foreign.pt")
+    torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "pickle.pt")
+    whole = save_checkpoint(tmp_path, {"step": 1, "model": {"weight": torch.zeros(1000)}}, keep=1)
+    (tmp_path / "cut.pt").write_bytes(whole.read_bytes()[:1000])
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(CheckpointError, match="is not a training state of this project"):
+        load_checkpoint(tmp_path / "foreign.pt")
+    for name in ("pickle.pt", "cut.pt", "text.pt"):
+        with pytest.raises(CheckpointError, match=f"cannot read training state .*{name}"):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_checkpoint(tmp_path / "absent.pt")
+
+
+def test_metrics_are_continued_without_gaps_or_repeats(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in range(1, 8):
+        log.write({"step": step, "loss": float(step)})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 8, "lo')  # killed while writing
+    assert [record["step"] for record in read_metrics(path)] == list(range(1, 8))
+    log = MetricsLog(path, last_step=5)
+    for step in range(6, 10):
+        log.write({"step": step, "loss": -float(step)})
+    log.close()
+    records = read_metrics(path)
+    assert [record["step"] for record in records] == list(range(1, 10))
+    assert [record["loss"] for record in records] == [1, 2, 3, 4, 5, -6, -7, -8, -9]
+
+
+def test_metrics_are_strict_json_and_reach_tensorboard(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "tensorboard")
+    log.write({"step": 1, "loss": float("nan")})
+    log.flush()
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": None}
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_metrics_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_metrics(tmp_path / "absent.jsonl")
+    (tmp_path / "bad.jsonl").write_text("nonsense\n{}\n")
+    with pytest.raises(DataError, match="line 1 is not JSON"):
+        read_metrics(tmp_path / "bad.jsonl")
+
+
+def test_a_used_folder_is_refused_unless_resumed_or_overwritten(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    folder, checkpoint = open_run_folder(RunConfig(dir=str(root)))
+    assert checkpoint is None and folder.checkpoints.is_dir()
+    folder.write_description("a: 1\n")
+    with pytest.raises(ConfigError, match=r"is not empty; .* run\.resume=auto.* run\.overwrite=true"):
+        open_run_folder(RunConfig(dir=str(root)))
+    assert open_run_folder(RunConfig(dir=str(root), resume="auto"))[1] is None, "killed before its first checkpoint"
+    saved = save_checkpoint(folder.checkpoints, {"step": 3}, keep=1)
+    assert open_run_folder(RunConfig(dir=str(root), resume="auto"))[1] == saved
+    assert open_run_folder(RunConfig(dir=str(root), resume=str(root)))[1] == saved
+    assert open_run_folder(RunConfig(dir=str(root), resume=str(saved)))[1] == saved
+    assert open_run_folder(RunConfig(dir=str(tmp_path / "other"), resume=str(saved)))[1] == saved
+    assert open_run_folder(RunConfig(dir=str(root), overwrite=True))[1] is None
+    assert not saved.exists()
+
+
+def test_folders_that_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    for config, message in (
+        (RunConfig(dir=str(tmp_path / "file")), "is a file"),
+        (RunConfig(dir=str(tmp_path / "foreign"), resume="auto"), "is not empty"),
+        (RunConfig(dir=str(tmp_path / "new"), resume="absent.pt"), "neither auto, never"),
+        (RunConfig(dir=str(tmp_path / "new"), resume=str(tmp_path / "foreign")), "no checkpoint found"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_run_folder(config)
+    with pytest.raises(ConfigError, match="contradict"):
+        RunConfig(resume="auto", overwrite=True)
+
+
+def test_the_environment_names_versions_and_commit() -> None:
+    lines = dict(line.split(": ", 1) for line in describe_environment().splitlines())
+    assert lines["torch"] == torch.__version__.split("+")[0] or lines["torch"] == torch.__version__
+    assert lines["git_commit"]

@@ -1,0 +1,20 @@
+"""The smallest run that is a real one: a two-block model on a dozen 16-pixel pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ARGUMENTS = (
+    *("data.image_size=16", "data.workers=0", "model.size=tiny", "model.patch_size=4", "model.width=32"),
+    *("model.depth=2", "model.num_heads=2", "model.decoder_dim=32", "model.decoder_depth=1"),
+    *("model.decoder_num_heads=2", "train.batch_size=8", "train.precision=fp32", "optim.warmup_epochs=1"),
+    *("checkpoint.every_steps=3", "log.every_steps=1", "log.tensorboard=false", "log.reconstruct_every_epochs=0"),
+)
+
+
+def timeless(metrics: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
