@@ -61,7 +61,7 @@ class Augmentation:
         if self.resize == "jitter":
             factor = self.scale[0] + (self.scale[1] - self.scale[0]) * draws.uniform(1)[0]
             resized = fit_inside(height, width, self.image_size * factor)
-            transforms.append(T.ResizeTransform(height, width, *resized, Image.Resampling.BILINEAR))
+            transforms.append(_Resize(height, width, *resized, Image.Resampling.BILINEAR))
             boxes = boxes * np.array([resized[1] / width, resized[0] / height] * 2)
             height, width = resized
         crop_height, crop_width = min(height, self.image_size), min(width, self.image_size)
@@ -80,7 +80,14 @@ class Augmentation:
         if self.resize == "native":
             return T.TransformList([])
         resized = fit_inside(height, width, self.image_size)
-        return T.TransformList([T.ResizeTransform(height, width, *resized, Image.Resampling.BILINEAR)])
+        return T.TransformList([_Resize(height, width, *resized, Image.Resampling.BILINEAR)])
+
+
+class _Resize(T.ResizeTransform):
+    """Detectron2's returns Pillow's read-only arrays, of which torch warns further on."""
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        return np.array(super().apply_image(img, interp))
 
 
 def fit_inside(height: int, width: int, side: float) -> tuple[int, int]:

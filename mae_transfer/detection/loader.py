@@ -17,6 +17,7 @@ from mae_transfer.data.decode import decode_image
 from mae_transfer.data.sampler import SampleKey, StepSampler
 from mae_transfer.detection.augment import Augmentation
 from mae_transfer.detection.dataset import CocoDataset
+from mae_transfer.engine.signals import ignore_stop_signals
 from mae_transfer.errors import DataError
 
 
@@ -115,7 +116,7 @@ def build_train_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_as_list,
-        pin_memory=False,
+        worker_init_fn=ignore_stop_signals,
     )
 
 

@@ -17,7 +17,6 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from mae_transfer.checkpoint import load_backbone
@@ -26,6 +25,7 @@ from mae_transfer.detection.config import build_augmentation, categories_of, loa
 from mae_transfer.detection.dataset import CocoDataset, load_coco
 from mae_transfer.detection.evaluation import CocoEvaluator, describe
 from mae_transfer.detection.loader import build_test_loader, build_train_loader, read_rgb
+from mae_transfer.detection.log import log_to
 from mae_transfer.detection.trainer import SaveOnSignal, Trainer
 from mae_transfer.detection.visualize import draw_ground_truth, draw_predictions, save_image, side_by_side
 from mae_transfer.engine.files import write_text
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(argv)
     cfg = resolve(load_config(args.config_file, args.overrides), training=not args.eval_only)
     _check_processes(cfg, args)
+    Precision(cfg.train.precision, choose_device(cfg))
     _check_output_folder(cfg, args)
     launch(
         run,
@@ -90,13 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(cfg: DictConfig, resume: bool, eval_only: bool) -> None:
     """One process of a run; ``cfg`` is resolved."""
-    output_dir = Path(cfg.train.output_dir)
-    setup_logger(str(output_dir), distributed_rank=comm.get_rank(), name="detectron2")
-    setup_logger(str(output_dir), distributed_rank=comm.get_rank(), name="fvcore")
-    setup_logger(str(output_dir), distributed_rank=comm.get_rank(), name="mae_transfer")
-    torch.manual_seed(cfg.train.seed)
+    with log_to(Path(cfg.train.output_dir), comm.get_rank()):
+        _run(cfg, resume, eval_only)
 
-    device = _device(cfg)
+
+def _run(cfg: DictConfig, resume: bool, eval_only: bool) -> None:
+    output_dir = Path(cfg.train.output_dir)
+    torch.manual_seed(cfg.train.seed)
+    device = choose_device(cfg)
     categories = categories_of(cfg)
     val = None
     if cfg.dataset.val.json:
@@ -166,10 +168,10 @@ def _train(
             if main_process
             else None,
             hooks.EvalHook(cfg.train.eval_period, evaluate_now),
+            SaveOnSignal(stop, checkpointer),  # before the writers: Detectron2's cannot write an iteration twice
             hooks.PeriodicWriter(default_writers(str(output_dir), cfg.train.max_iter), period=cfg.train.log_period)
             if main_process
             else None,
-            SaveOnSignal(stop, checkpointer),
         ]
     )
     start = 0
@@ -237,7 +239,7 @@ def save_pictures(cfg: DictConfig, model: GeneralizedRCNN, val: CocoDataset) -> 
         save_image(side_by_side(truth, predicted), folder / f"{name}.png")
 
 
-def _device(cfg: DictConfig) -> torch.device:
+def choose_device(cfg: DictConfig) -> torch.device:
     if cfg.train.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -45,12 +45,13 @@ class Trainer(SimpleTrainer):
 
     def run_step(self) -> None:
         assert self.model.training
-        draws = Draws(seed=self.seed, purpose=Purpose.STEP, epoch=self.iter, index=comm.get_rank())
-        torch.manual_seed(int(draws.words(1)[0] >> 1))
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
 
+        # After the batch: a loader that is just starting draws a seed for its workers, a running one does not.
+        draws = Draws(seed=self.seed, purpose=Purpose.STEP, epoch=self.iter, index=comm.get_rank())
+        torch.manual_seed(int(draws.words(1)[0] >> 1))
         with self.precision.autocast():
             losses = self.model(batch)
         self.optimizer.zero_grad()

@@ -99,4 +99,4 @@ def side_by_side(*images: np.ndarray, gap: int = 6) -> np.ndarray:
 def save_image(image: np.ndarray, path: Path) -> None:
     """(H, W, 3) uint8 to a file whose ending gives the format."""
     with atomic_path(path) as temporary:
-        Image.fromarray(image).save(temporary)
+        Image.fromarray(image).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])

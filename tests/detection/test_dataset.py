@@ -1,0 +1,220 @@
+"""COCO files as people have them: ids with gaps, crowds, polygons that are none, images of every kind, and errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mae_transfer.detection.augment import Augmentation
+from mae_transfer.detection.dataset import load_coco, read_categories
+from mae_transfer.detection.loader import EvaluationMapper, read_rgb
+from mae_transfer.errors import DataError
+
+
+@pytest.fixture
+def scenes(make_scenes: Callable[..., Any]) -> Any:
+    return make_scenes(num_images=3, side=48)
+
+
+def load(scenes: Any) -> Any:
+    scenes.write()
+    return load_coco(scenes.json, scenes.images)
+
+
+def test_classes_are_numbered_by_category_id(scenes: Any) -> None:
+    dataset = load(scenes)
+    assert [(c.id, c.name) for c in dataset.categories] == [(3, "box"), (7, "disc")]
+    assert read_categories(scenes.json) == dataset.categories
+    for record in dataset.records:
+        truth = [a for a in scenes.content["annotations"] if a["image_id"] == record["image_id"]]
+        assert [dataset.categories[a["category_id"]].id for a in record["annotations"]] == [
+            a["category_id"] for a in truth
+        ]
+        for instance, annotation in zip(record["annotations"], truth):
+            assert instance["bbox"] == pytest.approx(annotation["bbox"])
+
+
+def test_category_zero_is_a_category(scenes: Any) -> None:
+    scenes.content["categories"] = [{"id": 0, "name": "box"}, {"id": 7, "name": "disc"}]
+    for annotation in scenes.content["annotations"]:
+        annotation["category_id"] = {3: 0, 7: 7}[annotation["category_id"]]
+    assert {a["category_id"] for r in load(scenes).records for a in r["annotations"]} == {0, 1}
+
+
+def test_rle_makes_masks_bitmaps_and_polygons_alone_do_not(scenes: Any) -> None:
+    assert load(scenes).mask_format == "bitmask"
+    scenes.content["annotations"] = [a for a in scenes.content["annotations"] if a["category_id"] == 3]
+    assert load(scenes).mask_format == "polygon"
+
+
+def test_images_without_instances_are_evaluated_but_not_trained_on(scenes: Any) -> None:
+    first = scenes.content["images"][0]["id"]
+    for annotation in scenes.content["annotations"]:
+        if annotation["image_id"] == first:
+            annotation["iscrowd"] = 1
+    dataset = load(scenes)
+    assert len(dataset.records) == 3
+    assert [r["image_id"] for r in dataset.with_instances().records] == [10, 20]
+
+
+def test_at_most_filters_what_is_predicted_and_what_is_compared_with(scenes: Any) -> None:
+    scenes.content["images"][1].update(height=48, width=64)
+    for annotation in scenes.content["annotations"]:
+        if isinstance(annotation["segmentation"], dict) and annotation["image_id"] == 10:
+            annotation["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    small = load(scenes).at_most(48)
+    assert [r["image_id"] for r in small.records] == [0, 20] == [i["id"] for i in small.json_dict["images"]]
+    assert {a["image_id"] for a in small.json_dict["annotations"]} == {0, 20}
+    with pytest.raises(DataError, match="at most 10 pixels"):
+        small.at_most(10)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_outlines_that_are_none_are_left_out(scenes: Any, caplog: pytest.LogCaptureFixture) -> None:
+    scenes.content["annotations"][0]["segmentation"] = [[1, 1, 2, 2]]
+    scenes.content["annotations"][1]["segmentation"] = [[5, 5, 5, 9, 5, 12]]
+    dataset = load(scenes)
+    assert len(dataset.records[0]["annotations"]) == 2
+    assert "2 instances have no usable outline" in caplog.text
+
+
+def test_uncompressed_rle_is_read(scenes: Any) -> None:
+    scenes.content["annotations"][0]["segmentation"] = {"size": [48, 48], "counts": [0, 4, 48 * 48 - 4]}
+    assert load(scenes).records[0]["annotations"][0]["bbox"] == [0, 0, 1, 4]
+
+
+def _break(scenes: Any, how: str) -> None:
+    content = scenes.content
+    if how == "no such json":
+        scenes.json.unlink()
+    elif how == "no json":
+        scenes.json.write_text('{"images": [')
+    elif how == "a list":
+        scenes.json.write_text("[]")
+    elif how == "no annotations":
+        del content["annotations"]
+    elif how == "image twice":
+        content["images"].append(content["images"][0])
+    elif how == "category twice":
+        content["categories"] = [content["categories"][0]] * 2
+    elif how == "foreign image":
+        content["annotations"][0]["image_id"] = 999
+    elif how == "foreign category":
+        content["annotations"][0]["category_id"] = 5
+    elif how == "no outline":
+        del content["annotations"][0]["segmentation"]
+    elif how == "image gone":
+        (scenes.images / "001.png").unlink()
+    elif how == "wrong rle size":
+        content["annotations"][0]["segmentation"] = {"size": [10, 10], "counts": "abc"}
+    elif how == "no height":
+        del content["images"][0]["height"]
+    if how not in ("no such json", "no json", "a list"):
+        scenes.write()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no such json", "does not exist"),
+        ("no json", "not readable as json"),
+        ("a list", "holds a list"),
+        ("no annotations", "no list of annotations"),
+        ("image twice", "image id 0 is given twice"),
+        ("category twice", "given twice"),
+        ("foreign image", "image 999"),
+        ("foreign category", "category 5"),
+        ("no outline", "has no segmentation"),
+        ("image gone", "1 of the 3 images"),
+        ("wrong rle size", "its image is"),
+        ("no height", "lacks height"),
+    ],
+)
+def test_broken_data_is_named(scenes: Any, how: str, message: str) -> None:
+    _break(scenes, how)
+    with pytest.raises(DataError, match=message):
+        load_coco(scenes.json, scenes.images)
+
+
+def test_validation_must_number_the_same_categories(scenes: Any) -> None:
+    trained = load(scenes).categories
+    scenes.content["categories"][0]["name"] = "ring"
+    scenes.write()
+    with pytest.raises(DataError, match="'ring', in the training json it is 'disc'"):
+        load_coco(scenes.json, scenes.images, categories=trained)
+
+
+def test_image_folder_must_exist(scenes: Any) -> None:
+    with pytest.raises(DataError, match="image folder"):
+        load_coco(scenes.json, scenes.images / "none")
+
+
+def _saved(kind: str, path: Path) -> Path:
+    """A left half of about (200, 100, 50), stored in every way that comes along."""
+    rgb = np.zeros((8, 12, 3), dtype=np.uint8)
+    rgb[:, :6] = (200, 100, 50)
+    image = Image.fromarray(rgb)
+    if kind == "rgba":
+        image.putalpha(128)
+    elif kind == "palette":
+        image = image.quantize(4)
+    elif kind == "gray16":
+        image = Image.fromarray(rgb[..., 0].astype(np.uint16) << 8)
+    elif kind == "gray":
+        image = Image.fromarray(rgb[..., 0])
+    elif kind == "cmyk":
+        image = image.convert("CMYK")
+    elif kind == "exif":
+        image = image.transpose(Image.Transpose.ROTATE_90)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn by 270 degrees to see it upright
+        image.save(path, exif=exif, quality=100)
+        return path
+    image.save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [
+        ("rgb", "png"),
+        ("rgba", "png"),
+        ("palette", "png"),
+        ("gray", "png"),
+        ("gray16", "png"),
+        ("cmyk", "tif"),
+        ("exif", "jpg"),
+    ],
+)
+def test_any_image_is_read_as_upright_rgb(kind: str, ending: str, tmp_path: Path) -> None:
+    path = _saved(kind, tmp_path / f"image.{ending}")
+    image = read_rgb({"file_name": str(path), "height": 8, "width": 12})
+    expected = (200, 200, 200) if kind.startswith("gray") else (200, 100, 50)
+    assert image.shape == (8, 12, 3)
+    assert abs(image[4, 2].astype(int) - expected).max() <= 4
+    assert image[4, 10].max() <= 4
+
+
+def test_an_image_of_another_size_than_its_json_says_is_an_error(tmp_path: Path) -> None:
+    path = _saved("rgb", tmp_path / "image.png")
+    with pytest.raises(DataError, match=r"12x8 pixels .* its json says 8x12"):
+        read_rgb({"file_name": str(path), "height": 12, "width": 8})
+
+
+def test_the_network_gets_rgb_of_0_to_255(tmp_path: Path) -> None:
+    path = _saved("rgb", tmp_path / "image.png")
+    mapped = EvaluationMapper(Augmentation(image_size=32, resize="native"))({"file_name": str(path)})
+    assert mapped["image"].shape == (3, 8, 12)
+    assert mapped["image"][:, 4, 2].tolist() == [200, 100, 50]
+    assert (mapped["height"], mapped["width"]) == (8, 12)
+
+
+def test_json_is_not_changed_by_reading(scenes: Any) -> None:
+    before = json.dumps(scenes.content)
+    assert json.dumps(load(scenes).json_dict) == before

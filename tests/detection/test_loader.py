@@ -1,0 +1,141 @@
+"""Augmented samples: what a crop keeps, that masks follow their image, and that a sample is a function of its key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mae_transfer.data.sampler import SampleKey
+from mae_transfer.detection.augment import Augmentation, fit_inside
+from mae_transfer.detection.dataset import load_coco
+from mae_transfer.detection.loader import TrainingSamples, build_train_loader
+from mae_transfer.errors import ConfigError
+
+from .conftest import COLOURS
+
+
+@pytest.fixture
+def dataset(make_scenes: Callable[..., Any]) -> Any:
+    scenes = make_scenes(num_images=4, side=96, num_instances=6)
+    return load_coco(scenes.json, scenes.images)
+
+
+@pytest.mark.parametrize("resize", ["native", "jitter"])
+@pytest.mark.parametrize("mask_format", ["bitmask", "polygon"])
+def test_masks_and_boxes_follow_the_image(dataset: Any, resize: str, mask_format: str) -> None:
+    """Instances have their category's colour, so the pixels under a mask say whether it is where its instance is."""
+    if mask_format == "polygon":
+        dataset.records[:] = [
+            {**r, "annotations": [a for a in r["annotations"] if isinstance(a["segmentation"], list)]}
+            for r in dataset.records
+        ]
+        object.__setattr__(dataset, "mask_format", "polygon")
+    augmentation = Augmentation(image_size=64, resize=resize, scale=(0.5, 2.0), flips=("horizontal", "vertical"))
+    samples = TrainingSamples(dataset, augmentation, seed=0)
+    seen = 0
+    for epoch in range(6):
+        for index in range(len(dataset.records)):
+            sample = samples[SampleKey(epoch, index)]
+            image, instances = sample["image"].float(), sample["instances"]
+            height, width = image.shape[1:]
+            assert instances.image_size == (height, width)
+            assert max(height, width) <= 64
+            for number in range(len(instances)):
+                x0, y0, x1, y1 = instances.gt_boxes.tensor[number].tolist()
+                assert 0 <= x0 < x1 <= width
+                assert 0 <= y0 < y1 <= height
+                centre = (int((y0 + y1) / 2), int((x0 + x1) / 2))
+                if min(x1 - x0, y1 - y0) < 6:
+                    continue  # a sliver at the crop's edge
+                colour = COLOURS[dataset.categories[int(instances.gt_classes[number])].id]
+                assert (image[:, *centre] - torch.tensor(colour)).abs().max() < 40
+                if mask_format == "bitmask":
+                    assert instances.gt_masks.tensor[number][centre]
+                seen += 1
+    assert seen > 40
+
+
+def test_a_native_crop_does_not_resample(dataset: Any) -> None:
+    sample = TrainingSamples(dataset, Augmentation(image_size=64, resize="native", flips=()), seed=0)[SampleKey(0, 1)]
+    crop = sample["image"].numpy().transpose(1, 2, 0)
+    from mae_transfer.detection.loader import read_rgb
+
+    whole = read_rgb(dataset.records[1])
+    places = [(y, x) for y in range(33) for x in range(33) if np.array_equal(whole[y : y + 64, x : x + 64], crop)]
+    assert len(places) == 1
+
+
+def test_a_crop_keeps_the_only_instance() -> None:
+    augmentation = Augmentation(image_size=64, resize="native", flips=())
+    box = np.array([[900.0, 20.0, 906.0, 28.0]])
+    for index in range(200):
+        transforms = augmentation.training(1000, 1000, box, seed=0, epoch=0, index=index)
+        x0, y0, x1, y1 = transforms.apply_box(box)[0]
+        assert 0 <= (x0 + x1) / 2 <= 64
+        assert 0 <= (y0 + y1) / 2 <= 64
+
+
+def test_crops_without_instances_cover_the_image() -> None:
+    augmentation = Augmentation(image_size=10, resize="native", flips=())
+    none = np.zeros((0, 4))
+    starts = [augmentation.training(20, 30, none, seed=1, epoch=0, index=i).transforms[0] for i in range(500)]
+    assert {t.y0 for t in starts} == set(range(11))
+    assert {t.x0 for t in starts} == set(range(21))
+
+
+def test_jitter_fits_the_square_and_evaluation_fills_it() -> None:
+    augmentation = Augmentation(image_size=100, scale=(0.5, 0.5), flips=())
+    transforms = augmentation.training(40, 80, np.zeros((0, 4)), seed=0, epoch=0, index=0)
+    assert transforms.apply_image(np.zeros((40, 80, 3), np.uint8)).shape == (25, 50, 3)
+    assert augmentation.evaluation(40, 80).apply_image(np.zeros((40, 80, 3), np.uint8)).shape == (50, 100, 3)
+    assert fit_inside(1, 1000, 100) == (1, 100)
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_index(dataset: Any) -> None:
+    augmentation = Augmentation(image_size=64, resize="native")
+    first = TrainingSamples(dataset, augmentation, seed=3)[SampleKey(2, 1)]
+    again = TrainingSamples(dataset, augmentation, seed=3)[SampleKey(2, 1)]
+    other = TrainingSamples(dataset, augmentation, seed=3)[SampleKey(3, 1)]
+    assert torch.equal(first["image"], again["image"])
+    assert torch.equal(first["instances"].gt_masks.tensor, again["instances"].gt_masks.tensor)
+    assert not torch.equal(first["image"], other["image"])
+
+
+def test_a_loader_started_later_goes_on_with_the_same_batches(dataset: Any) -> None:
+    def batches(start: int, workers: int = 0, rank: int = 0, world: int = 1) -> list[list[tuple[Any, int]]]:
+        loader = build_train_loader(
+            dataset,
+            Augmentation(image_size=64, resize="native"),
+            batch_size=2,
+            seed=5,
+            start_iter=start,
+            max_iter=7,
+            num_workers=workers,
+            rank=rank,
+            world_size=world,
+        )
+        return [[(s["image_id"], int(s["image"].sum())) for s in batch] for batch in loader]
+
+    whole = batches(0)
+    assert len(whole) == 7
+    assert batches(3, workers=1) == whole[3:]
+    halves = [batches(0, rank=rank, world=2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*halves)] == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resize": "crop"}, "jitter, native"),
+        ({"flips": ("up",)}, "horizontal, vertical"),
+        ({"scale": (2.0, 1.0)}, "smallest, largest"),
+        ({"image_size": 0}, "positive"),
+    ],
+)
+def test_settings_that_cannot_be_meant(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Augmentation(**{"image_size": 64, **change})

@@ -1,0 +1,233 @@
+"""The tools as a user calls them: train, die, resume, evaluate, predict, and be told what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_transfer.checkpoint import encoder_state, write_safetensors
+from mae_transfer.checkpoint.load import describe
+from mae_transfer.detection.config import load_config
+from mae_transfer.detection.predict import Predictor
+from mae_transfer.detection.train import main
+from mae_transfer.errors import run_tool
+from mae_transfer.predict import main as predict
+from mae_transfer.vit import build_vit
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "configs" / "detection" / "tiny.py")
+# The smallest run that has every part.
+SMALL = [
+    "dataset.image_size=64",
+    "dataset.workers=0",
+    "model.patch_size=16",
+    "model.channels=32",
+    "model.box_fc_width=64",
+    "model.mask_convs=1",
+    "model.anchor_sizes=[8,16,32,64,128]",
+    "model.rois_per_image=16",
+    "schedule.warmup_iters=2",
+    "train.device=cpu",
+]
+
+
+def arguments(scenes: Any, output: Path, *more: str) -> list[str]:
+    return ["--config-file", TINY, *scenes.overrides, f"train.output_dir={output}", *SMALL, *more]
+
+
+def weights(output: Path, name: str = "model_final.pth") -> dict[str, torch.Tensor]:
+    return torch.load(output / name, weights_only=True)["model"]
+
+
+@pytest.fixture
+def scenes(make_scenes: Callable[..., Any]) -> Any:
+    return make_scenes(num_images=4, side=64)
+
+
+def test_killed_and_resumed_ends_where_the_uninterrupted_run_does(scenes: Any, tmp_path: Path) -> None:
+    more = ["train.max_iter=12", "train.checkpoint_period=3", "dataset.val.json=null", "dataset.val.images=null"]
+    assert main(arguments(scenes, tmp_path / "whole", *more)) == 0
+
+    killed = tmp_path / "killed"
+    # The child has many more iterations before it, so that the kill cannot come too late.
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "train_det.py"), *arguments(scenes, killed, *more)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "last_checkpoint").exists():
+        assert child.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (killed / "model_final.pth").exists()
+
+    assert main([*arguments(scenes, killed, *more), "--resume"]) == 0
+    expected, got = weights(tmp_path / "whole"), weights(killed)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_sigterm_saves_and_says_so(scenes: Any, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "tools" / "train_det.py"),
+            *arguments(scenes, output, "train.max_iter=100000", "train.log_period=1"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not ((output / "metrics.json").exists() and (output / "metrics.json").stat().st_size):
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.terminate()
+    assert child.wait(timeout=60) == 75
+    assert (output / (output / "last_checkpoint").read_text()).is_file()
+
+
+def test_trains_evaluates_and_predicts(scenes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vit = build_vit("tiny", patch_size=8, image_size=32)
+    encoder = tmp_path / "encoder.safetensors"
+    write_safetensors(encoder, encoder_state(vit.state_dict()), describe(vit).to_metadata())
+    output = tmp_path / "run"
+    settings = ["train.max_iter=4", "optimizer.lr=1e-9", "model.detections_per_image=30", "model.patch_size=null"]
+    given = arguments(scenes, output, *settings, f"train.init_checkpoint={encoder}")
+    assert main(given) == 0
+
+    # The encoder is the checkpoint's: at this learning rate only its position table, resized, can differ.
+    trained = weights(output)
+    for name, value in vit.state_dict().items():
+        if name.startswith("blocks."):
+            torch.testing.assert_close(trained[f"backbone.net.{name}"], value, atol=1e-6, rtol=0)
+    log = (output / "log.txt").read_text()
+    assert "loaded" in log
+    assert "missing     blocks.*.attn.rel_pos_h (12)" in log
+    result = json.loads((output / "evaluation.json").read_text())
+    assert (result["iteration"], result["num_images"], result["max_dets"]) == (4, 4, 30)
+    assert {"AP", "AP50", "AP75"} <= result["bbox"].keys() & result["segm"].keys()
+    assert len(list((output / "predictions").glob("*.png"))) == 4
+    assert [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert list(output.glob("events.out.tfevents*"))
+    assert load_config(output / "config.yaml").model.patch_size == 8
+
+    (output / "evaluation.json").unlink()
+    assert main([*given, "--eval-only"]) == 0
+    again = json.loads((output / "evaluation.json").read_text())
+    assert again["bbox"]["AP"] == pytest.approx(result["bbox"]["AP"])
+
+    Image.fromarray(np.zeros((70, 50, 4), np.uint8)).save(tmp_path / "rgba.png")
+    out = tmp_path / "predicted"
+    assert predict([str(output), str(scenes.images), str(tmp_path / "rgba.png"), "--out", str(out)]) == 0
+    assert "5 images, detection" in capsys.readouterr().out
+    listing = json.loads((out / "images.json").read_text())
+    assert [Path(image["file_name"]).name for image in listing["images"]][-1] == "rgba.png"
+    detections = json.loads((out / "detections.json").read_text())
+    assert {d["category_id"] for d in detections} <= {3, 7}
+    with Image.open(out / "0004_rgba.png") as overlay:
+        assert overlay.size == (50, 70)
+    assert predict([str(output / "model_final.pth"), str(tmp_path / "rgba.png"), "--out", str(out / "more")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["train.epoch=3"], "unknown key train.epoch"),
+        (["dataset.train.json=nothing.json"], "nothing.json does not exist"),
+        (["dataset.val.images=nothing"], "image folder nothing"),
+        (["train.init_checkpoint=nothing.safetensors"], "nothing.safetensors"),
+        (["train.precision=fp16"], "train.precision=fp16 needs a GPU"),
+        (["train.precision=half"], "train.precision=half"),
+        (["train.batch_size=3", "--num-gpus", "2"], "does not divide among 2"),
+        (["--config-file", "nothing.py"], "nothing.py does not exist"),
+        (["train.device=tpu9"], "train.device=tpu9"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    change: list[str], message: str, scenes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = run_tool(main, [*arguments(scenes, tmp_path / "run", "train.max_iter=3"), *change])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_used_folder_is_refused(scenes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    assert run_tool(main, arguments(scenes, tmp_path / "run")) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_eval_only_needs_a_checkpoint(scenes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_tool(main, [*arguments(scenes, tmp_path / "run"), "--eval-only"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_predict_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    for run, images, message in (
+        (tmp_path / "none", tmp_path, "does not exist"),
+        (tmp_path, tmp_path, "holds no config"),
+    ):
+        assert run_tool(predict, [str(run), str(images), "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_is_refused(scenes: Any, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    no_val = ["dataset.val.json=null", "dataset.val.images=null", "train.max_iter=3"]
+    assert main(arguments(scenes, output, *no_val)) == 0
+    text = (output / "config.yaml").read_text()
+    (output / "config.yaml").write_text(text.replace("mask_convs: 1", "mask_convs: 2"))
+    with pytest.raises(ValueError, match=r"missing: roi_heads\.mask_head\.mask_fcn2"):
+        Predictor(output)
+    (output / "model_final.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="cannot read checkpoint"):
+        Predictor(output)
+
+
+@pytest.mark.slow
+def test_two_processes_train(scenes: Any, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "train_det.py"), "--num-gpus", "2"]
+    given = arguments(scenes, tmp_path / "run", "train.max_iter=4")
+    subprocess.run([*command, *given], check=True, capture_output=True, timeout=300)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["num_images"] == 4
+
+
+def test_a_handful_of_scenes_is_learned_by_heart(make_scenes: Callable[..., Any], tmp_path: Path) -> None:
+    scenes = make_scenes(name="few", num_images=4, side=64)
+    given = arguments(
+        scenes,
+        tmp_path / "run",
+        "train.max_iter=250",
+        "train.batch_size=4",
+        "model.patch_size=8",
+        "model.rois_per_image=32",
+        "dataset.flips=[]",
+        "optimizer.lr=1e-3",
+        "schedule.warmup_iters=10",
+    )
+    assert main(given) == 0
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["bbox"]["AP"] > 85
+    assert result["segm"]["AP"] > 85
