@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from mae_transfer.detection.backbone import MAEBackbone
 from mae_transfer.errors import ConfigError
 from mae_transfer.layer_decay import NoDecay, no_decay_1d, parameter_groups
+
+_RELATIVE_POSITION = re.compile(r"\.(rel_pos_[hw]|relative_position_bias_table)$")
 
 DECAY_RULES = ("clean", "parity", "all")
 
@@ -34,8 +37,8 @@ def adamw(
         lr: of the pyramid and the heads; the encoder's follows from ``layer_decay``.
         layer_decay: factor from one layer to the one before it; 1 for none.
         decay_rule: which parameters are decayed. "clean": none that is one-dimensional (norms, biases), no
-            position or token. "parity": as ViTDet's B and L were trained: all but pos_embed and the norms that
-            Detectron2 knows, hence also biases, relative positions and the norms of neck and heads. "all": every
+            position, absolute or relative. "parity": as ViTDet's B and L were trained: all but pos_embed and the norms
+            that Detectron2 knows, hence also biases, relative positions and the norms of neck and heads. "all": every
             parameter, as ViTDet's H.
 
     Raises:
@@ -59,7 +62,7 @@ def adamw(
 def decay_predicate(rule: str, model: nn.Module) -> NoDecay:
     """Which parameters a rule spares; see ``adamw``."""
     if rule == "clean":
-        return no_decay_1d
+        return lambda name, parameter: no_decay_1d(name, parameter) or bool(_RELATIVE_POSITION.search(name))
     if rule == "all":
         return lambda name, parameter: False
     if rule != "parity":

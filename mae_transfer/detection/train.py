@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -209,6 +210,8 @@ def evaluate(cfg: DictConfig, model: GeneralizedRCNN, val: CocoDataset, iteratio
     if comm.is_main_process():
         summary = describe(scores, num_images=len(val.records), max_dets=max_dets)
         logger.info("Iteration %d: %s", iteration, summary)
+        # What has no ground truth to be computed from (no large instance, say) is left out: JSON has no NaN.
+        scores = {kind: {k: v for k, v in values.items() if not math.isnan(v)} for kind, values in scores.items()}
         result = {
             "iteration": iteration,
             "num_images": len(val.records),

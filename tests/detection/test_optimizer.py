@@ -91,11 +91,11 @@ def test_equals_detectron2s_vitdet(rule: str) -> None:
         assert got[name][1] == decay, name
 
 
-def test_clean_rule_decays_matrices_only() -> None:
+def test_clean_rule_spares_norms_biases_and_positions() -> None:
     model = detector()
     got = settings(adamw(model, lr=LR, weight_decay=DECAY, decay_rule="clean"), model)
     for name, parameter in model.named_parameters():
-        spared = parameter.ndim == 1 or name.endswith("pos_embed")
+        spared = parameter.ndim == 1 or "pos_embed" in name or "rel_pos" in name
         assert got[name][1] == (0.0 if spared else DECAY), name
 
 
