@@ -20,8 +20,12 @@ from PIL import Image
 from mae_transfer.charts import Bar, Series
 from mae_transfer.cutouts import OBJECTS
 from mae_transfer.demo import STARTS, DemoSize, Layout, Record, Stage, shown
+from mae_transfer.engine.files import atomic_path
 from mae_transfer.report import Page
 from mae_transfer.scenes import CLASSES
+from mae_transfer.visualize import GridRow, image_grid, to_picture
+from pretrain.load import load_mae
+from pretrain.reconstruct import reconstruct_masked
 
 NUM_PICTURES = 4  # rows of predictions
 _PANEL_GAP = 6  # pixels between the panels of the tools' own pictures
@@ -105,8 +109,31 @@ def _score_table(page: Page, scores: dict[str, dict[str, float]], caption: str) 
     page.table(["per cent", *STARTS.values(), "difference"], rows, caption=caption)
 
 
+def overview(layout: Layout, size: DemoSize, *, rows: int = 2) -> Image.Image:
+    """The demo in one picture: scenes of the validation set, hidden, reconstructed, detected and segmented.
+
+    Args:
+        layout: where a finished demo's files are.
+        size: what it was run with.
+        rows: scenes, at most.
+    """
+    detection, segmentation = layout.detection("pretrained"), layout.segmentation("pretrained")
+    loaded = load_mae(layout.pretraining / "model.safetensors")
+    grid = []
+    for index, name in enumerate(_shared_pictures([detection, segmentation])[:rows]):
+        with Image.open((layout.scenes / "coco" / "val" / name).with_suffix(".jpg")) as image:
+            scene = image.convert("RGB")
+        _, masked, _, completed = reconstruct_masked(loaded, scene, kind="random", ratio=0.75, seed=0, index=index)
+        panels = [scene, panel(detection / "predictions" / name, 1, size.side)]
+        panels.append(panel(segmentation / "predictions" / name, 2, size.side, top=_TITLE_BAR))
+        photo, instances, classes = (np.asarray(picture) for picture in panels)
+        grid.append(GridRow(pictures=[photo, to_picture(masked[0]), to_picture(completed[0]), instances, classes]))
+    columns = ("unseen scene", "what the encoder sees", "completed by the MAE", "Mask R-CNN", "UperNet")
+    return image_grid(grid, columns=columns, tile_height=size.side)
+
+
 def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records: Sequence[Record]) -> Page:
-    """The page of a finished demo.
+    """The page of a finished demo; its overview is written beside it, too.
 
     Args:
         layout: where its files are.
@@ -119,6 +146,9 @@ def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records:
         lead="A small Vision Transformer learns from unlabelled images by filling in what is hidden. Its encoder then "
         "starts Mask R-CNN in Detectron2 and UperNet in MMSegmentation, each beside the same run from random weights.",
     )
+    picture = overview(layout, size)
+    with atomic_path(layout.out / "overview.png") as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
     detection = {start: detection_scores(layout, start) for start in STARTS}
     segmentation = {start: segmentation_scores(layout, start) for start in STARTS}
     seconds = sum(record.seconds for record in records)
@@ -139,7 +169,7 @@ def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records:
             (_clock(seconds), f"in all, on {os.cpu_count()} cores"),
         ]
     )
-    _results(page, detection, segmentation)
+    _results(page, picture, detection, segmentation)
     _scenes(page, layout, size)
     _pretraining(page, layout, size)
     _detection(page, layout, size, detection)
@@ -148,8 +178,11 @@ def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records:
     return page
 
 
-def _results(page: Page, detection: dict[str, dict[str, float]], segmentation: dict[str, dict[str, float]]) -> None:
+def _results(
+    page: Page, picture: Image.Image, detection: dict[str, dict[str, float]], segmentation: dict[str, dict[str, float]]
+) -> None:
     page.section("Results")
+    page.picture(picture, caption="Two scenes of the validation set, from the run with the pretrained encoder.")
     bars = []
     for metric, scores in (("box AP", detection), ("mask AP", detection), ("mIoU", segmentation)):
         bars += [Bar(group=metric, name=STARTS[start], value=scores[start][metric]) for start in STARTS]

@@ -1,9 +1,13 @@
 """The whole chain in about ten minutes, ending in one HTML page: see --help."""
 
 import sys
+from pathlib import Path
 
-from mae_transfer.demo import main
-from mae_transfer.errors import run_tool
+# Python puts this folder first on its path, where pretrain.py would be found as the package "pretrain".
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from mae_transfer.demo import main  # noqa: E402
+from mae_transfer.errors import run_tool  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(run_tool(main))
