@@ -70,7 +70,7 @@ def load_config(
     _lay_over(config, overrides, str(path))
     framework = {key: value for key, value in options.items() if key not in chosen}
     _check_framework_keys(config, framework)
-    config.merge_from_dict(framework)
+    _lay_over(config, _nested(framework, {}), "--cfg-options")
     config.overrides = _nested(framework, overrides)
     return Config(config.to_dict(), filename=str(path))
 
@@ -217,10 +217,22 @@ def _with_options(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[s
 
 
 def _lay_over(config: Config, overrides: Mapping[str, Any], source: str) -> None:
+    _open_nones(config, overrides)
     try:
         config.merge_from_dict(dict(overrides))
     except (TypeError, KeyError) as error:
         raise ConfigError(f"{source} cannot be laid over the derived config: {error}") from error
+
+
+def _open_nones(config: Any, overrides: Mapping[str, Any]) -> None:
+    """Make room where a dictionary is laid over a None, such as ``optim_wrapper.clip_grad``; MMEngine refuses to."""
+    for key, value in overrides.items():
+        if not isinstance(value, Mapping) or key not in config:
+            continue
+        if config[key] is None:
+            config[key] = {}
+        elif isinstance(config[key], Mapping):
+            _open_nones(config[key], value)
 
 
 def _check_framework_keys(config: Config, options: Mapping[str, Any]) -> None:

@@ -235,7 +235,7 @@ def runtime(settings: Settings, facts: Facts, work_dir: str) -> dict[str, Any]:
         "visualizer": {
             "type": "SegLocalVisualizer",
             "vis_backends": [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}],
-            "name": "visualizer",
+            "name": f"visualizer of {work_dir}",  # MMEngine keeps one by name, of the first run in a process
         },
         "log_processor": {"by_epoch": False, "window_size": train.log_interval},
         "log_level": "INFO",

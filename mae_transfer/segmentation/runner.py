@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from numpy._core import multiarray
 from torch import Tensor, nn
@@ -25,6 +27,13 @@ class SegmentationRunner(Runner):
         super().save_checkpoint(out_dir, temporary, *args, **kwargs)
         (Path(out_dir) / temporary).replace(Path(out_dir) / filename)
 
+    def load_checkpoint(self, filename: str, *_: Any, **__: Any) -> dict[str, Any]:
+        """Weights into the model, strictly; returns the whole checkpoint, for ``resume``. Read on the CPU, safely."""
+        checkpoint = read_checkpoint(filename)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        fill(self.model.module if is_model_wrapper(self.model) else self.model, checkpoint["state_dict"], filename)
+        return checkpoint
+
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Put a segmentation checkpoint's weights into a whole model, strictly.
@@ -32,7 +41,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: the file is missing, unsafe or damaged, or of another model.
     """
-    state = read_weights(path)
+    fill(model, read_weights(path), path)
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """``load_weights`` of a state dict already read from ``path``."""
     own = model.state_dict()
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
@@ -55,7 +68,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """``state_dict`` of a checkpoint that MMEngine wrote.
+    """``state_dict`` of a checkpoint that MMEngine wrote; raises as ``read_checkpoint``."""
+    return read_checkpoint(path)["state_dict"]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """All of a checkpoint that MMEngine wrote.
 
     Raises:
         CheckpointError: missing, damaged, or holding objects other than tensors, arrays and MMEngine's histories.
@@ -68,10 +86,23 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state_dict; expected a checkpoint that train_seg wrote")
-    return state
+    return content
 
 
 def _safe_globals() -> list[Any]:
-    """What MMEngine's log histories are made of."""
+    """What MMEngine's log histories are made of. They name their own methods through ``getattr``, so a stand-in is
+    allowed under that name which gives out nothing else."""
     kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.uint32, np.bool_)]
-    return [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *kinds]
+    methods = (history_method, "builtins.getattr")
+    return [methods, HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *kinds]
+
+
+def history_method(owner: Any, name: str) -> Any:
+    """A statistic of MMEngine's HistoryBuffer by its name, and nothing else.
+
+    Raises:
+        UnpicklingError: asked for anything else.
+    """
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise pickle.UnpicklingError(f"the file asks for {name} of {owner}")
+    return getattr(HistoryBuffer, name)

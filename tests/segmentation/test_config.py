@@ -1,0 +1,267 @@
+"""Settings resolve before the config is built; shipped configs build; wrong keys are named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmseg.registry import MODELS
+
+from mae_transfer.checkpoint import describe, write_safetensors
+from mae_transfer.errors import ConfigError, DataError
+from mae_transfer.segmentation.config import derive, load_config
+from mae_transfer.segmentation.recipe import Facts
+from mae_transfer.segmentation.settings import read_settings
+from mae_transfer.vit import build_vit
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "segmentation"
+TINY = CONFIGS / "upernet_tiny.py"
+
+
+def shipped() -> list[str]:
+    return sorted(path.name for path in CONFIGS.glob("*.py"))
+
+
+def load(folder: Path, path: Path = TINY, **options) -> Config:
+    given = {key.replace("__", "."): value for key, value in options.items()}
+    return load_config(path, {"dataset.root": str(folder), "dataset.reduce_zero_label": False, **given}, work_dir="run")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_config_builds_and_runs_on_the_meta_device(name: str, make_folder) -> None:
+    config = load(make_folder(), CONFIGS / name)
+    with DefaultScope.overwrite_default_scope("mmseg"), torch.device("meta"):
+        model = MODELS.build(config.model)
+    crop = config.model.backbone.image_size
+    with torch.no_grad():
+        logits = model._forward(torch.zeros(2, 3, *crop, device="meta"))
+    assert logits.shape == (2, 4, crop[0] // 4, crop[1] // 4)
+
+
+def test_upernet_b_is_beits_recipe(make_folder) -> None:
+    """The numbers of the recipe as published, whole."""
+    config = load(make_folder(), CONFIGS / "upernet_b_512_160k.py")
+    backbone, head, auxiliary = config.model.backbone, config.model.decode_head, config.model.auxiliary_head
+    assert (backbone.size, backbone.patch_size, tuple(backbone.image_size)) == ("base", 16, (512, 512))
+    assert (tuple(backbone.taps), backbone.drop_path, backbone.layer_scale) == ((3, 5, 7, 11), 0.1, 1.0)
+    assert backbone.relative_position == "bias"
+    assert (head.channels, tuple(head.in_channels), tuple(head.pool_scales)) == (768, (768,) * 4, (1, 2, 3, 6))
+    assert (head.dropout_ratio, head.align_corners) == (0.1, False)
+    assert (auxiliary.in_index, auxiliary.channels, auxiliary.num_convs) == (2, 256, 1)
+    assert auxiliary.loss_decode.loss_weight == 0.4
+    assert (tuple(config.model.test_cfg.crop_size), tuple(config.model.test_cfg.stride)) == ((512, 512), (341, 341))
+    optimizer = config.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, tuple(optimizer.betas), optimizer.weight_decay) == (
+        "AdamW",
+        1e-4,
+        (0.9, 0.999),
+        0.05,
+    )
+    assert config.optim_wrapper.paramwise_cfg.decay_rate == 0.65
+    rise, decline = config.param_scheduler
+    assert (rise.start_factor, rise.end) == (1e-6, 1500)
+    assert (decline.power, decline.eta_min, decline.begin, decline.end) == (1.0, 0.0, 1500, 160_000)
+    assert config.train_cfg.max_iters == 160_000
+    assert config.train_dataloader.batch_size == 16
+    steps = {step["type"]: step for step in config.train_dataloader.dataset.pipeline}
+    assert tuple(steps["RandomResize"]["scale"]) == (2048, 512)
+    assert tuple(steps["RandomResize"]["ratio_range"]) == (0.5, 2.0)
+    assert steps["RandomCrop"]["cat_max_ratio"] == 0.75
+
+
+def test_large_differs_by_its_size_alone(make_folder) -> None:
+    config = load(make_folder(), CONFIGS / "upernet_l_512_160k.py")
+    assert tuple(config.model.backbone.taps) == (7, 11, 15, 23)
+    assert config.model.backbone.drop_path == 0.2
+    assert config.model.decode_head.channels == 1024
+
+
+def test_everything_follows_from_one_setting(make_folder) -> None:
+    config = load(
+        make_folder(),
+        dataset__crop_size=96,
+        train__max_iters=70,
+        train__batch_size=6,
+        train__seed=3,
+        dataset__workers=0,
+    )
+    assert tuple(config.model.data_preprocessor.size) == (96, 96)
+    assert tuple(config.model.backbone.image_size) == (96, 96)
+    assert tuple(config.model.test_cfg.crop_size) == (96, 96)
+    assert tuple(config.model.test_cfg.stride) == (64, 64)
+    steps = {step["type"]: step for step in config.train_dataloader.dataset.pipeline}
+    assert tuple(steps["RandomCrop"]["crop_size"]) == (96, 96)
+    assert tuple(steps["RandomResize"]["scale"]) == (384, 96)
+    test_steps = {step["type"]: step for step in config.test_dataloader.dataset.pipeline}
+    assert tuple(test_steps["Resize"]["scale"]) == (384, 96)
+    assert config.model.decode_head.num_classes == config.model.auxiliary_head.num_classes == 4
+    assert config.train_dataloader.dataset.classes == ["ground", "red", "green", "blue"]
+    assert config.train_dataloader.dataset.reduce_zero_label is config.val_dataloader.dataset.reduce_zero_label is False
+    assert config.param_scheduler[-1].end == config.train_cfg.max_iters == 70
+    assert config.param_scheduler[0].end == config.param_scheduler[1].begin == 7
+    assert config.train_dataloader.batch_size == 6
+    assert config.randomness.seed == 3
+
+
+def test_learning_rate_rises_and_ends_at_zero(make_folder) -> None:
+    from mmengine.optim import LinearLR, PolyLR
+
+    config = load(make_folder(), train__max_iters=40, train__lr=1e-3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    kinds = {"LinearLR": LinearLR, "PolyLR": PolyLR}
+    schedulers = [
+        kinds[entry["type"]](optimizer, **{key: value for key, value in entry.items() if key != "type"})
+        for entry in config.param_scheduler
+    ]
+    rates = []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert rates[0] == pytest.approx(1e-9)
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[3] == max(rates)
+    assert rates[-1] == pytest.approx(0)
+    assert rates[-2] == pytest.approx(1e-3 / 35)
+
+
+def test_batch_is_over_all_processes(make_folder) -> None:
+    folder = make_folder()
+    options = {"dataset.root": str(folder), "train.batch_size": 6}
+    assert load_config(TINY, options, work_dir="run", num_processes=3).train_dataloader.batch_size == 2
+    with pytest.raises(ConfigError, match="shared evenly by 4"):
+        load_config(TINY, options, work_dir="run", num_processes=4)
+
+
+def test_normalisation_and_patch_come_from_the_checkpoint(make_folder, tmp_path) -> None:
+    encoder = build_vit("small", patch_size=8, image_size=32)
+    path = tmp_path / "encoder.safetensors"
+    info = describe(encoder, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    write_safetensors(path, encoder.state_dict(), info.to_metadata())
+    config = load(make_folder(), init_checkpoint=str(path), encoder__size=None, encoder__patch_size=None)
+    preprocessor = config.model.data_preprocessor
+    assert list(preprocessor.mean) == pytest.approx([25.5, 51.0, 76.5])
+    assert list(preprocessor.std) == pytest.approx([102.0, 127.5, 153.0])
+    assert preprocessor.bgr_to_rgb is True
+    assert (config.model.backbone.size, config.model.backbone.patch_size) == ("small", 8)
+    assert config.model.backbone.init_checkpoint == str(path)
+    assert config.model.decode_head.in_channels == [384] * 4
+
+
+@pytest.mark.parametrize(("amp", "given", "expected"), [(True, "fp32", "bf16"), (False, "fp32", "fp32")])
+def test_amp_flag_and_precision(make_folder, amp: bool, given: str, expected: str) -> None:
+    options = {"dataset.root": str(make_folder()), "train.precision": given}
+    config = load_config(TINY, options, work_dir="run", amp=amp)
+    assert config.optim_wrapper.type == {"bf16": "MAEAmpOptimWrapper", "fp32": "OptimWrapper"}[expected]
+    assert config.model.test_cfg.precision == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.max_iter", 10, "unknown key train.max_iter; did you mean train.max_iters"),
+        ("dataset.rot", "x", "did you mean dataset.root"),
+        ("init_checkpoin", "x", "did you mean init_checkpoint"),
+        ("model.decode_head.dropout_rate", 0.0, "did you mean model.decode_head.dropout_ratio"),
+        ("train_dataloader.num_worker", 0, "did you mean train_dataloader.num_workers"),
+        ("train.max_iters", "many", "a whole number"),
+        ("train.max_iters", True, "a whole number"),
+        ("train.max_iters", 0, "at least 1"),
+        ("train.precision", "fp8", "fp32, bf16, fp16"),
+        ("train.precision", "fp16", "CUDA"),
+        ("train.warmup_iters", 1, "expected 0, or 2"),
+        ("train.warmup_iters", 600, "expected 0, or 2 to 599"),
+        ("dataset.crop_size", 100, "multiples of 8, such as 96 or 104"),
+        ("dataset.crop_size", "a,b", "2 numbers"),
+        ("train.batch_size", 1, "head.norm=gn"),
+        ("encoder.size", "hug", "expected one of tiny"),
+        ("test.stride", 500, "gaps"),
+        ("dataset.classes", "none.txt", "does not exist"),
+    ],
+)
+def test_wrong_keys_and_values_are_named(make_folder, key: str, value: object, message: str) -> None:
+    folder = make_folder()
+    with pytest.raises((ConfigError, DataError), match=message):
+        load_config(TINY, {"dataset.root": str(folder), key: value}, work_dir="run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is possible here")
+def test_single_image_batches_train_with_group_norm(make_folder) -> None:
+    config = load(make_folder(), train__batch_size=1, head__norm="gn")
+    assert config.model.decode_head.norm_cfg.type == "GN"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian = {}", "unknown key trian; did you mean train"),
+        ("train = {'epochs': 3}", "unknown key train.epochs"),
+        ("train = 3", "expected its settings"),
+        ("_base_ = './nowhere.py'", "nowhere.py"),
+        ("train = {", "SyntaxError"),
+    ],
+)
+def test_wrong_config_files_are_named(make_folder, tmp_path, text: str, message: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(make_folder(), path)
+
+
+def test_missing_config_file() -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config("nowhere.py", work_dir="run")
+
+
+def test_framework_keys_of_files_and_options_win(make_folder, tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"_base_ = {str(TINY)!r}\nmodel = {{'decode_head': {{'dropout_ratio': 0.3}}}}\n")
+    config = load(make_folder(), path, optim_wrapper__clip_grad__max_norm=1.0, train_dataloader__num_workers=0)
+    assert config.model.decode_head.dropout_ratio == 0.3
+    assert config.model.decode_head.num_classes == 4
+    assert config.optim_wrapper.clip_grad.max_norm == 1.0
+    assert config.train_dataloader.num_workers == 0
+
+
+def test_a_dumped_config_reads_back_the_same(make_folder, tmp_path) -> None:
+    folder = make_folder()
+    config = load(folder, train__max_iters=70, model__decode_head__dropout_ratio=0.2)
+    path = tmp_path / "dumped.py"
+    config.dump(path)
+    again = load_config(path, work_dir="run")
+    assert again.to_dict() == config.to_dict()
+    # A setting still moves what follows from it, and what was laid over stays.
+    moved = load_config(path, {"dataset.crop_size": 64}, work_dir="run")
+    assert tuple(moved.model.test_cfg.stride) == (42, 42)
+    assert moved.model.decode_head.dropout_ratio == 0.2
+
+
+def test_a_dumped_config_needs_neither_encoder_nor_data_to_predict(make_folder, tmp_path) -> None:
+    encoder = build_vit("tiny", patch_size=8, image_size=32)
+    source = tmp_path / "encoder.safetensors"
+    write_safetensors(source, encoder.state_dict(), describe(encoder, mean=(0.1, 0.2, 0.3)).to_metadata())
+    folder = make_folder()
+    config = load(folder, init_checkpoint=str(source))
+    path = tmp_path / "dumped.py"
+    config.dump(path)
+    source.unlink()
+    folder.rename(tmp_path / "elsewhere")
+    again = load_config(path, work_dir="run", for_training=False)
+    assert again.model.data_preprocessor.to_dict() == config.model.data_preprocessor.to_dict()
+    assert again.facts.to_dict() == config.facts.to_dict()
+
+
+def test_huge_builds_with_whole_maps(tiny_facts: Facts) -> None:
+    facts = replace(tiny_facts, size="huge", patch_size=14)
+    with pytest.raises(ConfigError, match="multiples of 112, such as 448 or 560"):
+        derive(read_settings({"dataset": {"crop_size": 512}}), facts, "run")
+    config = derive(read_settings({"dataset": {"crop_size": 448}}), facts, "run")
+    with DefaultScope.overwrite_default_scope("mmseg"), torch.device("meta"):
+        model = MODELS.build(config.model)
+    with torch.no_grad():
+        assert model._forward(torch.zeros(2, 3, 448, 448, device="meta")).shape == (2, 4, 112, 112)

@@ -1,0 +1,262 @@
+"""Training in the framework itself: bf16, kill and resume, overfitting, testing, predicting, and its mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from PIL import Image
+
+from mae_transfer.checkpoint import describe, write_safetensors
+from mae_transfer.errors import CheckpointError, ConfigError, RunFailed, UserError, run_tool
+from mae_transfer.predict import main as predict_main
+from mae_transfer.segmentation.config import load_config
+from mae_transfer.segmentation.runner import read_weights
+from mae_transfer.segmentation.test import main as run_test_tool
+from mae_transfer.segmentation.train import main as train_main
+from mae_transfer.segmentation.train import train
+from mae_transfer.vit import build_vit
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs/segmentation/upernet_tiny.py")
+SMALL = (
+    "dataset.crop_size=32",
+    "dataset.resize=(80,32)",
+    "dataset.workers=0",
+    "dataset.reduce_zero_label=False",
+    "head.channels=16",
+    "head.aux_channels=16",
+    "train.batch_size=2",
+    "train.log_interval=1",
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*")
+
+
+def arguments(folder: Path, work_dir: Path, *options: str, flags: tuple[str, ...] = ()) -> list[str]:
+    return [
+        CONFIG,
+        "--work-dir",
+        str(work_dir),
+        *flags,
+        "--cfg-options",
+        f"dataset.root={folder}",
+        *SMALL,
+        *options,
+    ]
+
+
+def losses(work_dir: Path) -> dict[int, float]:
+    """Loss by iteration, of every start of a run in order."""
+    found = {}
+    for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            if "loss" in entry:
+                found[entry["step"]] = entry["loss"]
+    return found
+
+
+@HOOKS.register_module()
+class DtypeProbe(Hook):
+    """Notes the dtype inside the encoder, the pyramid and the head in the first iteration."""
+
+    seen: dict[str, torch.dtype] = {}  # noqa: RUF012 - read by the test
+
+    def before_train(self, runner) -> None:
+        model = runner.model
+        for name, module in (
+            ("encoder", model.backbone.blocks[3].mlp.fc1),
+            ("pyramid", model.neck.levels[0]),
+            ("head", model.decode_head.conv_seg),
+        ):
+            module.register_forward_hook(lambda m, a, out, name=name: self.seen.__setitem__(name, out.dtype))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_precision_is_on_in_training(make_folder, tmp_path, precision: str, dtype: torch.dtype) -> None:
+    options = {
+        "dataset.root": str(make_folder()),
+        "dataset.crop_size": 32,
+        "dataset.workers": 0,
+        "dataset.reduce_zero_label": False,
+        "head.channels": 16,
+        "train.max_iters": 1,
+        "train.batch_size": 2,
+        "train.precision": precision,
+    }
+    config = load_config(CONFIG, options, work_dir=str(tmp_path / "run"))
+    config.custom_hooks.append({"type": "DtypeProbe"})
+    config.val_dataloader = config.val_cfg = config.val_evaluator = None
+    config.default_hooks.checkpoint.save_best = None
+    runner = train(config)
+    assert DtypeProbe.seen == {"encoder": dtype, "pyramid": dtype, "head": dtype}
+    assert {parameter.dtype for parameter in runner.model.parameters()} == {torch.float32}
+
+
+def test_train_test_predict_from_a_pretrained_encoder(make_folder, tmp_path, capsys) -> None:
+    """The chain as a user calls it, with everything it leaves behind."""
+    folder, run = make_folder(), tmp_path / "run"
+    encoder = build_vit("tiny", patch_size=8, image_size=32)
+    source = tmp_path / "encoder.safetensors"
+    write_safetensors(source, encoder.state_dict(), describe(encoder).to_metadata())
+    options = (f"init_checkpoint={source}", "train.max_iters=4", "train.val_interval=4", "train.lr=1e-9")
+    assert train_main(arguments(folder, run, *options)) == 0
+    assert "trained 4 iterations, best mIoU" in capsys.readouterr().out
+    assert {path.name for path in (run / "predictions").iterdir()} == {"scene_0.png", "scene_1.png"}
+    assert Image.open(run / "predictions/scene_0.png").size[0] == 3 * 80 + 2 * 6
+    log = next(run.glob("*/*.log")).read_text()
+    assert "loaded" in log and "missing" in log and "relative_position_bias_table (12)" in log
+    assert list(run.glob("*/vis_data/events.out.tfevents.*"))
+    weights = read_weights(run / "iter_4.pth")
+    torch.testing.assert_close(weights["backbone.cls_token"], encoder.cls_token.detach(), atol=1e-6, rtol=1e-4)
+
+    # Tested where the encoder file is gone, by the dumped config.
+    source.unlink()
+    assert run_test_tool([str(run / "upernet_tiny.py"), str(run / "iter_4.pth")]) == 0
+    assert "mIoU" in capsys.readouterr().out
+    assert (run / "test/predictions/scene_0.png").is_file()
+
+    images = [str(folder / "images/validation/scene_0.png"), str(folder / "images/training")]
+    out = tmp_path / "out"
+    assert predict_main([str(run), *images, "--out", str(out)]) == 0
+    labels = np.asarray(Image.open(out / "scene_3_labels.png"))
+    assert labels.shape == (64, 80)
+    assert set(np.unique(labels)) <= {0, 1, 2, 3}
+
+
+def test_killed_at_any_moment_and_resumed_gives_the_same_losses(make_folder, tmp_path) -> None:
+    """kill -9 behind a checkpoint; the second start carries on and no draw, rate or weight differs."""
+    folder, whole, cut = make_folder(), tmp_path / "whole", tmp_path / "cut"
+    options = ("train.max_iters=8", "train.val_interval=8", "train.checkpoint_interval=3", "train.seed=7")
+    assert train_main(arguments(folder, whole, *options)) == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, str(ROOT / "tools/train_seg.py"), *arguments(folder, cut, *options)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (cut / "last_checkpoint").is_file() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = max(losses(cut), default=0)
+    assert before < 8, "the run was over before it could be killed"
+    assert not list(cut.glob("*.tmp"))
+    assert train_main(arguments(folder, cut, *options, flags=("--resume",))) == 0
+    reference, resumed = losses(whole), losses(cut)
+    assert set(reference) == set(range(1, 9))
+    for iteration in range(4, 9):
+        assert resumed[iteration] == pytest.approx(reference[iteration], abs=1e-6), iteration
+    ours, theirs = read_weights(cut / "iter_8.pth"), read_weights(whole / "iter_8.pth")
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_test_time_augmentation_scales_the_resized_image(make_folder, tmp_path, monkeypatch) -> None:
+    from mae_transfer.segmentation.segmentor import MAESegmentor
+
+    folder, run = make_folder(num_val=1), tmp_path / "run"
+    assert train_main(arguments(folder, run, "train.max_iters=2", "train.val_interval=2")) == 0
+    seen = []
+    slide = MAESegmentor.slide_inference
+    monkeypatch.setattr(
+        MAESegmentor, "slide_inference", lambda self, x, m: (seen.append(tuple(x.shape[2:])), slide(self, x, m))[1]
+    )
+    command = [str(run / "upernet_tiny.py"), str(run / "iter_2.pth"), "--tta", "--cfg-options", "test.scales=0.5,2.0"]
+    assert run_test_tool(command) == 0
+    # The image is 64 x 80; resized into (80, 32) it is 32 x 40, and the scales are of that.
+    assert sorted(set(seen)) == [(16, 20), (64, 80)]
+    assert len(seen) == 4, "two scales, each as it is and flipped"
+
+
+@pytest.mark.slow
+def test_overfitting_a_handful_of_scenes_is_nearly_perfect(make_folder, tmp_path) -> None:
+    folder, run = make_folder(num_train=4, size=(64, 64)), tmp_path / "run"
+    options = (
+        "dataset.val_split=training",
+        "dataset.crop_size=64",
+        "dataset.resize=(256,64)",
+        "dataset.scale_range=1.0,1.0",
+        "head.channels=32",
+        "train.max_iters=150",
+        "train.batch_size=4",
+        "train.lr=1e-3",
+        "train.layer_decay=1.0",
+        "train.val_interval=150",
+    )
+    assert train_main(arguments(folder, run, *options)) == 0
+    scalars = next(run.glob("*/vis_data/scalars.json")).read_text().splitlines()
+    assert json.loads(scalars[-1])["mIoU"] > 95
+
+
+# Mistakes
+
+
+def test_a_used_folder_is_refused(make_folder, tmp_path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "something").write_text("")
+    with pytest.raises(ConfigError, match="--resume to continue that run"):
+        train_main(arguments(make_folder(), run))
+
+
+def test_a_users_mistake_is_one_line_and_status_2(make_folder, tmp_path, capsys) -> None:
+    assert run_tool(train_main, arguments(make_folder(), tmp_path / "run", "train.epochs=3")) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: unknown key train.epochs")
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_checkpoint_is_refused(make_folder, tmp_path) -> None:
+    folder, path = make_folder(), tmp_path / "foreign.pth"
+    torch.save({"state_dict": {"fc.weight": torch.zeros(2)}}, path)
+    command = [CONFIG, str(path), "--cfg-options", f"dataset.root={folder}", *SMALL]
+    with pytest.raises(CheckpointError, match="is not of this model"):
+        run_test_tool(command)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        run_test_tool([CONFIG, str(tmp_path / "none.pth"), *command[2:]])
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path) -> None:
+    path = tmp_path / "evil.pth"
+    torch.save({"state_dict": {}, "hook": os.system}, path)
+    with pytest.raises(CheckpointError, match="refused"):
+        read_weights(path)
+
+
+def test_a_missing_init_checkpoint_is_named(make_folder, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.safetensors"):
+        train_main(arguments(make_folder(), tmp_path / "run", "init_checkpoint=nowhere.safetensors"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(make_folder, tmp_path) -> None:
+    with pytest.raises(RunFailed, match=r"lower train\.lr"):
+        train_main(
+            arguments(make_folder(), tmp_path / "run", "train.max_iters=6", "train.lr=1e30", "train.warmup_iters=0")
+        )
+
+
+def test_mismatched_labels_are_found_before_training(make_folder, tmp_path) -> None:
+    folder = make_folder()
+    (folder / "classes.txt").write_text("ground\nred\n")
+    with pytest.raises(UserError, match="holds label 2, 3, but the 2 classes are labelled 0 to 1"):
+        train_main(arguments(folder, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("tool", ["train_seg.py", "test_seg.py"])
+def test_help(tool: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), "--help"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "--cfg-options" in done.stdout
