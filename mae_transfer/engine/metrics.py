@@ -76,7 +76,7 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         self._writer = None
         if tensorboard is not None:
-            self._writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1 if last_step else None)
+            self._writer = SummaryWriter(str(tensorboard), purge_step=last_step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(_line(record))

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_transfer.visualize import GridRow, image_grid, plot_curves, to_picture
+
+
+def test_pictures_are_placed_and_enlarged_without_smoothing() -> None:
+    red, blue = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6, 3), np.uint8)
+    red[..., 0] = 255
+    blue[1:, :, 2] = 255
+    grid = np.asarray(image_grid([GridRow(pictures=[red, blue]), GridRow(pictures=[blue])], tile_height=40))
+    colours = {tuple(colour) for colour in grid.reshape(-1, 3)}
+    assert colours == {(255, 255, 255), (255, 0, 0), (0, 0, 255), (0, 0, 0)}, "nothing in between"
+    assert (grid == (255, 0, 0)).all(axis=2).sum() == 40 * 60
+    assert (grid == (0, 0, 255)).all(axis=2).sum() == 2 * 30 * 60
+
+
+def test_labels_titles_and_caption_make_room_for_themselves() -> None:
+    tile = np.zeros((160, 160, 1), np.uint8)
+    bare = image_grid([GridRow(pictures=[tile])])
+    caption = "a sentence that is much too long to fit below a single tile of this width, so it is broken"
+    full = image_grid([GridRow(pictures=[tile], label="a label")], columns=["title"], caption=caption)
+    assert full.width > bare.width and full.height > bare.height + 60
+    assert (np.asarray(full.crop((0, bare.height + 30, full.width, full.height))) < 128).any(), "the caption is drawn"
+
+
+def test_to_picture_rounds_and_clips() -> None:
+    values = torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.0]).view(1, 1, 5)
+    assert to_picture(values)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_curves_are_an_image(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "curves.png"
+    plot_curves({"train": [(0, 1), (1, 0.5)], "unseen": [(1, 0.6)]}, path=path, x_label="epoch", y_label="loss")
+    with Image.open(path) as image:
+        assert image.width > 300 and len(image.convert("RGB").getcolors(100_000) or []) > 2
