@@ -28,7 +28,7 @@ model.box_fc_width = 512
 model.mask_convs = 2
 
 optimizer.lr = 5e-4
-optimizer.layer_decay = 0.8
+optimizer.layer_decay = 0.9
 optimizer.weight_decay = 0.05
 schedule.kind = "cosine"
 schedule.warmup_iters = 50

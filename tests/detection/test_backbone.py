@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 import torch
 from detectron2.config import LazyCall, get_cfg, instantiate
-from detectron2.modeling import ViT, build_backbone
+from detectron2.modeling import ViT, build_backbone, build_model
 from detectron2.modeling.backbone import SimpleFeaturePyramid
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.structures import ImageList
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from mae_transfer.detection import MAEBackbone, add_mae_config
@@ -149,3 +150,36 @@ def test_what_does_not_fit_is_refused() -> None:
         ours(pyramid="pan")
     with pytest.raises(ConfigError, match="multiple of 32"):
         ours(square_size=100)
+
+
+def test_a_whole_yacs_detector_trains_on_it() -> None:
+    cfg = get_cfg()
+    add_mae_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.BACKBONE.NAME = "build_mae_vit_sfp_backbone"
+    cfg.MODEL.MAE.SIZE = "tiny"
+    cfg.MODEL.MAE.IMAGE_SIZE = 64
+    cfg.MODEL.MAE.OUT_CHANNELS = 32
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8], [16], [32], [64], [128]]
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.RPN.CONV_DIMS = [-1]
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+    model = build_model(cfg).train()
+    instances = Instances((64, 64))
+    instances.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 40.0, 50.0]]))
+    instances.gt_classes = torch.tensor([1])
+    instances.gt_masks = BitMasks(torch.ones(1, 64, 64, dtype=torch.bool))
+    with EventStorage():
+        losses = model([{"image": torch.full((3, 64, 64), 128, dtype=torch.uint8), "instances": instances}])
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
+    sum(losses.values()).backward()
+    assert model.backbone.net.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
