@@ -135,7 +135,7 @@ def gather_facts(
             std=tuple(known["std"]),
             **shared,
         )
-    size, patch_size = resolve_encoder(settings, info)
+    size, patch_size = resolve_encoder(settings, info, patch_given="encoder.patch_size" in chosen)
     return Facts(
         size=size,
         patch_size=patch_size,
@@ -145,8 +145,9 @@ def gather_facts(
     )
 
 
-def resolve_encoder(settings: Settings, info: EncoderInfo | None) -> tuple[str, int]:
-    """Size and patch: as set, or as in the checkpoint.
+def resolve_encoder(settings: Settings, info: EncoderInfo | None, *, patch_given: bool = False) -> tuple[str, int]:
+    """Size and patch. A size that is set must be the checkpoint's (its loading says so); a patch that a config file
+    sets is for random weights, and a checkpoint's own wins over it unless the patch was ``patch_given`` as an option.
 
     Raises:
         ConfigError: neither says, or the checkpoint is not of a size known here, or has oblong patches.
@@ -160,7 +161,7 @@ def resolve_encoder(settings: Settings, info: EncoderInfo | None) -> tuple[str, 
     if size not in SIZES:
         raise ConfigError(f"encoder.size is {size!r}; expected one of {', '.join(SIZES)}")
     patch = encoder.patch_size
-    if patch is None and info is not None:
+    if info is not None and not patch_given:
         if info.patch_size[0] != info.patch_size[1]:
             raise ConfigError(
                 f"{settings.init_checkpoint} has oblong patches {info.patch_size}; the pyramid needs square ones"

@@ -21,7 +21,7 @@ from mae_transfer.errors import CheckpointError, DataError
 from mae_transfer.segmentation.config import load_config
 from mae_transfer.segmentation.dataset import palette
 from mae_transfer.segmentation.folder import displayed_size
-from mae_transfer.segmentation.runner import load_weights
+from mae_transfer.segmentation.runner import checkpoints_of, load_weights
 from mae_transfer.segmentation.segmentor import MAESegmentor
 from mae_transfer.segmentation.visualize import draw_segmentation, save_picture
 
@@ -78,8 +78,7 @@ def find_checkpoint(folder: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    by_iteration = sorted(folder.glob("iter_*.pth"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
-    found = sorted(folder.glob("best_mIoU_iter_*.pth")) or by_iteration
+    found = sorted(folder.glob("best_mIoU_iter_*.pth")) or checkpoints_of(folder)
     if not found:
         raise CheckpointError(f"{folder} holds no checkpoint; expected iter_N.pth or best_mIoU_iter_N.pth")
     return found[-1]

@@ -19,7 +19,10 @@ from mae_transfer.errors import CheckpointError
 
 
 class SegmentationRunner(Runner):
-    """Runner whose checkpoints are written under a temporary name and renamed."""
+    """Runner whose checkpoints are written under a temporary name and renamed, and read as plain data."""
+
+    _resume: bool  # set by Runner
+    _load_from: str | None
 
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         """As Runner's; a run killed while saving leaves the checkpoint of before as it was."""
@@ -27,12 +30,28 @@ class SegmentationRunner(Runner):
         super().save_checkpoint(out_dir, temporary, *args, **kwargs)
         (Path(out_dir) / temporary).replace(Path(out_dir) / filename)
 
+    def load_or_resume(self) -> None:
+        """As Runner's, but continues from the last checkpoint *in the work dir*, wherever that has been moved to."""
+        if self._resume and not self._load_from:
+            found = checkpoints_of(self.work_dir)
+            if found:
+                self._load_from = str(found[-1])
+            else:
+                self.logger.info(f"{self.work_dir} holds no checkpoint yet: starting from the beginning")
+                self._resume = False
+        super().load_or_resume()
+
     def load_checkpoint(self, filename: str, *_: Any, **__: Any) -> dict[str, Any]:
         """Weights into the model, strictly; returns the whole checkpoint, for ``resume``. Read on the CPU, safely."""
         checkpoint = read_checkpoint(filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         fill(self.model.module if is_model_wrapper(self.model) else self.model, checkpoint["state_dict"], filename)
         return checkpoint
+
+
+def checkpoints_of(folder: str | Path) -> list[Path]:
+    """The checkpoints ``iter_N.pth`` in a work dir, the last one last."""
+    return sorted(Path(folder).glob("iter_*.pth"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -38,7 +38,7 @@ class EncoderSettings:
     """The Vision Transformer under the head."""
 
     size: str | None = None  # None: as in the checkpoint's metadata
-    patch_size: int | None = None  # None: as in the checkpoint's metadata, else the size's own
+    patch_size: int | None = None  # of random weights, a checkpoint has its own; None: the size's
     relative_position: str | None = "bias"  # BEiT's table in every block, zero at the start; None for none
     layer_scale: float | None = 1.0
     drop_path: float | None = None  # None: the size's in BEiT's recipe

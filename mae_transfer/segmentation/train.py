@@ -65,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config.launcher = arguments.launcher
     config.resume = arguments.resume
     main_process = os.environ.get("RANK", "0") == "0"
-    lines = [check_folder_of(config, split) for split in ("train", "val")] if main_process else []
+    lines = []
     if main_process:
         refuse_used_folder(Path(work_dir), resume=arguments.resume)
+        lines = [check_folder_of(config, split) for split in ("train", "val")]
     runner = train(config, lines)
     best = runner.message_hub.get_info("best_score") if "best_score" in runner.message_hub.runtime_info else None
     if main_process:

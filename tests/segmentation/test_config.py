@@ -138,12 +138,22 @@ def test_batch_is_over_all_processes(make_folder) -> None:
         load_config(TINY, options, work_dir="run", num_processes=4)
 
 
+def test_a_checkpoints_patch_wins_over_the_files_and_loses_to_the_command_lines(make_folder, tmp_path) -> None:
+    encoder = build_vit("tiny", patch_size=16, image_size=32)
+    path = tmp_path / "encoder.safetensors"
+    write_safetensors(path, encoder.state_dict(), describe(encoder).to_metadata())
+    folder = make_folder()
+    assert load(folder, init_checkpoint=str(path)).model.backbone.patch_size == 16
+    assert load(folder, init_checkpoint=str(path), encoder__patch_size=8).model.backbone.patch_size == 8
+    assert load(folder).model.backbone.patch_size == 8
+
+
 def test_normalisation_and_patch_come_from_the_checkpoint(make_folder, tmp_path) -> None:
     encoder = build_vit("small", patch_size=8, image_size=32)
     path = tmp_path / "encoder.safetensors"
     info = describe(encoder, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     write_safetensors(path, encoder.state_dict(), info.to_metadata())
-    config = load(make_folder(), init_checkpoint=str(path), encoder__size=None, encoder__patch_size=None)
+    config = load(make_folder(), init_checkpoint=str(path), encoder__size=None)
     preprocessor = config.model.data_preprocessor
     assert list(preprocessor.mean) == pytest.approx([25.5, 51.0, 76.5])
     assert list(preprocessor.std) == pytest.approx([102.0, 127.5, 153.0])
