@@ -40,7 +40,11 @@ def arguments(pictures: Path, run: Path, *more: str) -> list[str]:
 
 def start(command: Sequence[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        start_new_session=True,
     )
 
 
@@ -128,9 +132,10 @@ def wait_for(condition: object, process: subprocess.Popen[str], seconds: float =
 
 def test_sigterm_saves_and_exits_75(pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start([*TOOL, *arguments(pictures, run, "train.steps=100000", "checkpoint.every_steps=50000")])
+    long = ("train.steps=100000", "checkpoint.every_steps=50000", "data.workers=1")
+    process = start([*TOOL, *arguments(pictures, run, *long)])
     wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0, process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a cluster does: the data worker gets it too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert "stopped by SIGTERM, state saved; continue with run.resume=auto" in errors
@@ -247,6 +252,13 @@ def test_another_run_is_not_continued(pictures: Path, finished: Path, capsys: py
     foreign = finished / "encoder.safetensors"
     assert run_tool(main, arguments(pictures, finished, "train.steps=12", f"run.resume={foreign}")) == 2
     assert "is not a training state of this project" in capsys.readouterr().err
+
+
+def test_a_finished_run_has_nothing_left_to_do(pictures: Path, finished: Path) -> None:
+    before = timeless(finished / "metrics.jsonl")
+    more = ("train.steps=12", f"data.val_path={pictures}", "run.resume=auto")
+    assert run_tool(main, arguments(pictures, finished, *more)) == 0
+    assert timeless(finished / "metrics.jsonl") == before
 
 
 def test_continuing_in_another_folder_brings_the_lines_along(pictures: Path, finished: Path, tmp_path: Path) -> None:
