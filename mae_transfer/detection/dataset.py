@@ -147,7 +147,7 @@ def load_coco(
     classes = {category.id: number for number, category in enumerate(own)}
     any_rle, unusable = False, 0
     for annotation in data["annotations"]:
-        _need(annotation, ("id", "image_id", "category_id"), "annotation", json_file)
+        _need(annotation, ("id", "image_id", "category_id", "bbox"), "annotation", json_file)
         if annotation["image_id"] not in records:
             raise DataError(
                 f"{json_file}: annotation {annotation['id']} is of image {annotation['image_id']}, which is not there"

@@ -106,12 +106,10 @@ def _mean(values: np.ndarray) -> float:
 
 def _complete(json_dict: dict[str, Any]) -> dict[str, Any]:
     """Annotations with the fields that the evaluation reads and files sometimes lack."""
-    annotations = []
-    for annotation in json_dict["annotations"]:
-        filled = {"iscrowd": 0, **annotation}
-        if "bbox" in filled and "area" not in filled:
-            filled["area"] = filled["bbox"][2] * filled["bbox"][3]
-        annotations.append(filled)
+    annotations = [
+        {"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3], **annotation}
+        for annotation in json_dict["annotations"]
+    ]
     return {**json_dict, "annotations": annotations}
 
 

@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg = resolve(load_config(args.config_file, args.overrides), training=not args.eval_only)
     _check_processes(cfg, args)
     Precision(cfg.train.precision, choose_device(cfg))
+    train_set, val = load_data(cfg, training=not args.eval_only)
     _check_output_folder(cfg, args)
     launch(
         run,
@@ -85,41 +86,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
-        args=(cfg, args.resume, args.eval_only),
+        args=(cfg, train_set, val, args.resume),
     )
     return 0
 
 
-def run(cfg: DictConfig, resume: bool, eval_only: bool) -> None:
-    """One process of a run; ``cfg`` is resolved."""
-    with log_to(Path(cfg.train.output_dir), comm.get_rank()):
-        _run(cfg, resume, eval_only)
+def load_data(cfg: DictConfig, *, training: bool) -> tuple[CocoDataset | None, CocoDataset | None]:
+    """The training set (None when only evaluating) and the validation set (None when none is named)."""
+    categories, dataset = categories_of(cfg), cfg.dataset
+    train_set = val = None
+    if dataset.val.json:
+        val = load_coco(dataset.val.json, dataset.val.images, categories=categories)
+        if dataset.val.max_size is not None:
+            val = val.at_most(dataset.val.max_size)
+    if training:
+        train_set = load_coco(dataset.train.json, dataset.train.images, categories=categories).with_instances()
+    return train_set, val
 
 
-def _run(cfg: DictConfig, resume: bool, eval_only: bool) -> None:
+def run(cfg: DictConfig, train_set: CocoDataset | None, val: CocoDataset | None, resume: bool) -> None:
+    """One process of a run; ``cfg`` is resolved. Without a training set the last checkpoint is evaluated."""
     output_dir = Path(cfg.train.output_dir)
-    torch.manual_seed(cfg.train.seed)
-    device = choose_device(cfg)
-    categories = categories_of(cfg)
-    val = None
-    if cfg.dataset.val.json:
-        val = load_coco(cfg.dataset.val.json, cfg.dataset.val.images, categories=categories)
-        if cfg.dataset.val.max_size is not None:
-            val = val.at_most(cfg.dataset.val.max_size)
-    model = instantiate(cfg.model).to(device)
-    checkpointer = StrictCheckpointer(model, str(output_dir))
-    if eval_only:
-        assert val is not None
-        if not checkpointer.has_checkpoint():
-            raise CheckpointError(f"train.output_dir={output_dir} holds no checkpoint to evaluate")
-        iteration = checkpointer.load(checkpointer.get_checkpoint_file(), checkpointables=[]).get("iteration", -1)
-        evaluate(cfg, model, val, iteration + 1)
-        return
+    with log_to(output_dir, comm.get_rank()):
+        torch.manual_seed(cfg.train.seed)
+        model = instantiate(cfg.model).to(choose_device(cfg))
+        checkpointer = StrictCheckpointer(model, str(output_dir))
+        if train_set is None:
+            assert val is not None
+            _evaluate_last(cfg, model, checkpointer, val)
+            return
+        if comm.is_main_process():
+            save_config(cfg, output_dir / "config.yaml")
+        _train(cfg, model, checkpointer, train_set, val, resume)
 
-    train_set = load_coco(cfg.dataset.train.json, cfg.dataset.train.images, categories=categories).with_instances()
-    if comm.is_main_process():
-        save_config(cfg, output_dir / "config.yaml")
-    _train(cfg, model, checkpointer, train_set, val, resume)
+
+def _evaluate_last(cfg: DictConfig, model: GeneralizedRCNN, checkpointer: StrictCheckpointer, val: CocoDataset) -> None:
+    if not checkpointer.has_checkpoint():
+        raise CheckpointError(f"train.output_dir={cfg.train.output_dir} holds no checkpoint to evaluate")
+    state = checkpointer.load(checkpointer.get_checkpoint_file(), checkpointables=[])
+    evaluate(cfg, model, val, state["iteration"] + 1)
 
 
 def _train(
@@ -271,8 +276,10 @@ def _check_output_folder(cfg: DictConfig, args: argparse.Namespace) -> None:
     folder = Path(cfg.train.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"train.output_dir={folder} is a file; name a folder")
-    used = folder.is_dir() and any(folder.iterdir())
-    if used and not args.resume and not args.eval_only:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    # Only what a run leaves that was refused before its first iteration: an encoder that does not fit, say.
+    unborn = "log.txt" in names and names <= {"log.txt", "config.yaml"}
+    if names and not unborn and not args.resume and not args.eval_only:
         raise ConfigError(
             f"train.output_dir={folder} is not empty; choose another folder, or go on with what it holds by --resume"
         )

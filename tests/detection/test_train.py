@@ -22,7 +22,7 @@ from mae_transfer.checkpoint.load import describe
 from mae_transfer.detection.config import load_config
 from mae_transfer.detection.predict import Predictor
 from mae_transfer.detection.train import main
-from mae_transfer.errors import run_tool
+from mae_transfer.errors import CheckpointError, run_tool
 from mae_transfer.predict import main as predict
 from mae_transfer.vit import build_vit
 
@@ -168,6 +168,18 @@ def test_bad_input_is_one_line_and_status_2(
     assert status == 2
     assert message in error
     assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_refused_for_its_encoder_can_be_started_again(scenes: Any, tmp_path: Path) -> None:
+    """A foreign checkpoint is refused by name; the folder it leaves does not stand in the way of the next try."""
+    vit = build_vit("small", patch_size=16, image_size=32)
+    encoder = tmp_path / "encoder.safetensors"
+    write_safetensors(encoder, encoder_state(vit.state_dict()), describe(vit).to_metadata())
+    short = ["train.max_iter=3", "dataset.val.json=null", "dataset.val.images=null"]
+    with pytest.raises(CheckpointError, match="does not fit this 192-wide"):
+        main(arguments(scenes, tmp_path / "run", *short, f"train.init_checkpoint={encoder}"))
+    assert main(arguments(scenes, tmp_path / "run", *short)) == 0
 
 
 def test_a_used_folder_is_refused(scenes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
