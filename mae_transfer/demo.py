@@ -45,18 +45,19 @@ class DemoSize:
 
 # Scenes are three times as wide as pretraining's 64-pixel crops: the smallest crops, a tenth of the area, show objects
 # at the scale at which detection and segmentation will meet them.
-_PRETRAIN = ("data.crop_scale=[0.1,1.0]", "log.evaluate_every_epochs=5")
+_PRETRAIN = ("data.crop_scale=[0.1,1.0]", "log.evaluate_every_epochs=5", "log.reconstruct_every_epochs=10")
 FULL = DemoSize(
     unlabelled=640,
     train=160,
     val=40,
-    pretrain=("train.batch_size=64", "optim.warmup_epochs=4", *_PRETRAIN, "log.reconstruct_every_epochs=10"),
+    # Small batches and a high rate: there is time for few steps. The learning rate is 5e-4 (2e-3 for 256 images).
+    pretrain=("train.batch_size=64", "optim.base_lr=2.0e-3", "optim.warmup_epochs=4", *_PRETRAIN),
     detection=("train.batch_size=2", "train.log_period=10", "schedule.warmup_iters=20"),
     segmentation=("train.batch_size=4", "train.log_interval=10"),
-    pretrain_steps=600,
-    detection_iters=240,
-    segmentation_iters=140,
-    seconds=(35, 190, 110, 80),
+    pretrain_steps=450,
+    detection_iters=160,
+    segmentation_iters=100,
+    seconds=(35, 160, 110, 85),
 )
 SMOKE = DemoSize(
     side=96,
