@@ -11,7 +11,12 @@ require("mmseg", "segmentation")
 # The imports below register on mmseg's registries, so they must follow the check.
 from mae_transfer.segmentation.backbone import MAEViT  # noqa: E402
 from mae_transfer.segmentation.dataset import ADEFolder, LoadIndexMask, ReplaySampler  # noqa: E402
-from mae_transfer.segmentation.hooks import PredictionPictures, ReplayRandomness, StopOnBadLoss  # noqa: E402
+from mae_transfer.segmentation.hooks import (  # noqa: E402
+    PredictionPictures,
+    ReplayRandomness,
+    SaveOnSignal,
+    StopOnBadLoss,
+)
 from mae_transfer.segmentation.neck import MAEPyramid  # noqa: E402
 from mae_transfer.segmentation.optimizer import MAEAmpOptimWrapper, MAELayerDecayConstructor  # noqa: E402
 from mae_transfer.segmentation.segmentor import MAESegmentor  # noqa: E402
@@ -27,5 +32,6 @@ __all__ = [
     "PredictionPictures",
     "ReplayRandomness",
     "ReplaySampler",
+    "SaveOnSignal",
     "StopOnBadLoss",
 ]

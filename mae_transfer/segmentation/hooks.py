@@ -1,4 +1,4 @@
-"""Hooks of a run: replayable random numbers, a stop on losses that are not finite, and pictures."""
+"""Hooks of a run: replayable random numbers, leaving on bad losses and on signals, and pictures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import mmcv
 import numpy as np
 import torch
-from mmengine.dist import get_rank, is_main_process
+from mmengine.device import get_device
+from mmengine.dist import all_reduce, get_rank, is_main_process
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
 from mae_transfer.data.draws import Purpose
-from mae_transfer.errors import RunFailed
+from mae_transfer.errors import EXIT_PREEMPTED, RunFailed
 from mae_transfer.segmentation.dataset import draw_seed
 from mae_transfer.segmentation.visualize import draw_segmentation, save_picture
 
@@ -60,6 +61,42 @@ class StopOnBadLoss(Hook):
                 f"the loss is {loss} at iteration {runner.iter + 1}; lower train.lr, or try train.precision=fp32. "
                 f"Checkpoints of before are in {runner.work_dir}"
             )
+
+
+@HOOKS.register_module()
+class SaveOnSignal(Hook):
+    """Save and leave with status 75 when the runner's ``stop_request`` has noted SIGTERM or SIGUSR1.
+
+    Several processes ask one another every ``interval`` iterations, so that all leave at the same one.
+    """
+
+    priority = "LOWEST"  # behind MMEngine's own checkpoint of the iteration
+
+    def __init__(self, interval: int = 10) -> None:
+        self.interval = interval
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        """Leave if asked to.
+
+        Raises:
+            SystemExit: with status 75, behind a checkpoint of this iteration.
+        """
+        asked = runner.stop_request is not None and runner.stop_request.received is not None
+        if runner.world_size > 1:
+            if not self.every_n_train_iters(runner, self.interval):
+                return
+            votes = torch.tensor(float(asked), device=get_device())
+            all_reduce(votes, op="max")
+            asked = bool(votes)
+        if not asked:
+            return
+        name = f"iter_{runner.iter + 1}.pth"
+        if is_main_process() and not (Path(runner.work_dir) / name).exists():
+            runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
+        runner.logger.info(f"asked to stop: saved {name}; give --resume to go on")
+        raise SystemExit(EXIT_PREEMPTED)
 
 
 @HOOKS.register_module()

@@ -230,6 +230,7 @@ def runtime(settings: Settings, facts: Facts, work_dir: str) -> dict[str, Any]:
         "custom_hooks": [
             {"type": "ReplayRandomness"},
             {"type": "StopOnBadLoss", "interval": train.log_interval},
+            {"type": "SaveOnSignal"},
             {"type": "PredictionPictures", "folder": f"{work_dir}/predictions", "count": settings.test.pictures},
         ],
         "visualizer": {

@@ -15,6 +15,7 @@ from numpy._core import multiarray
 from torch import Tensor, nn
 
 from mae_transfer.checkpoint.files import read_torch
+from mae_transfer.engine.signals import StopRequest
 from mae_transfer.errors import CheckpointError
 
 
@@ -23,6 +24,7 @@ class SegmentationRunner(Runner):
 
     _resume: bool  # set by Runner
     _load_from: str | None
+    stop_request: StopRequest | None = None  # read by the hook SaveOnSignal
 
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         """As Runner's; a run killed while saving leaves the checkpoint of before as it was."""

@@ -11,6 +11,7 @@ from mmengine.config import Config, DictAction
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 
+from mae_transfer.engine.signals import StopRequest
 from mae_transfer.errors import ConfigError
 from mae_transfer.segmentation.config import load_config, process_count
 from mae_transfer.segmentation.folder import check_folder
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: bad input.
         RunFailed: the loss left the finite numbers.
+        SystemExit: 75, having saved on SIGTERM or SIGUSR1.
     """
     arguments = build_parser().parse_args(argv)
     os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
@@ -79,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, log_lines: Sequence[str] = ()) -> SegmentationRunner:
     """Run the training of a complete config and return the runner behind it."""
-    with DefaultScope.overwrite_default_scope("mmseg"):
+    with DefaultScope.overwrite_default_scope("mmseg"), StopRequest() as stop_request:
         runner = SegmentationRunner.from_cfg(config)
+        runner.stop_request = stop_request
         for line in log_lines:
             print_log(line, logger="current")
         runner.train()

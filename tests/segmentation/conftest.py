@@ -33,13 +33,13 @@ CLASSES = ("ground", "red", "green", "blue")
 
 
 def draw_scene(seed: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy image (H, W, 3) of coloured boxes and its labels (H, W), 0 to 3."""
+    """Noisy image (H, W, 3) of coloured boxes and its labels (H, W), 0 to 3; edges lie on multiples of 8 pixels."""
     rng = np.random.default_rng(seed)
     height, width = size
     labels = np.zeros(size, dtype=np.uint8)
     for label in (1, 2, 3):
-        top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
-        labels[top : top + height // 3, left : left + width // 3] = label
+        top, left = 8 * rng.integers(0, height // 16), 8 * rng.integers(0, width // 16)
+        labels[top : top + height // 24 * 8, left : left + width // 24 * 8] = label
     image = COLOURS[labels] + rng.normal(0, 8, size=(height, width, 3))
     return image.clip(0, 255).astype(np.uint8), labels
 

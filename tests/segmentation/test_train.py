@@ -162,6 +162,33 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_losses(make_folder, tmp
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
 
 
+@HOOKS.register_module()
+class Terminate(Hook):
+    """Sends this process what a cluster sends, in the second iteration."""
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_and_leaves_with_75(make_folder, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mae_transfer.segmentation import recipe
+
+    runtime = recipe.runtime
+
+    def with_terminate(*args, **kwargs):
+        config = runtime(*args, **kwargs)
+        return {**config, "custom_hooks": [*config["custom_hooks"], {"type": "Terminate"}]}
+
+    monkeypatch.setattr(recipe, "runtime", with_terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        train_main(arguments(make_folder(), tmp_path / "run", "train.max_iters=20"))
+    assert left.value.code == 75
+    assert (tmp_path / "run/iter_2.pth").is_file()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_test_time_augmentation_scales_the_resized_image(make_folder, tmp_path, monkeypatch) -> None:
     from mae_transfer.segmentation.segmentor import MAESegmentor
 
@@ -181,13 +208,15 @@ def test_test_time_augmentation_scales_the_resized_image(make_folder, tmp_path, 
 
 @pytest.mark.slow
 def test_overfitting_a_handful_of_scenes_is_nearly_perfect(make_folder, tmp_path) -> None:
-    folder, run = make_folder(num_train=4, size=(64, 64)), tmp_path / "run"
+    folder, run = make_folder(num_train=4, size=(96, 96)), tmp_path / "run"
     options = (
         "dataset.val_split=training",
-        "dataset.crop_size=64",
-        "dataset.resize=(256,64)",
+        "dataset.crop_size=96",
+        "dataset.resize=(384,96)",
         "dataset.scale_range=1.0,1.0",
+        "encoder.drop_path=0.0",
         "head.channels=32",
+        "head.dropout=0.0",
         "train.max_iters=150",
         "train.batch_size=4",
         "train.lr=1e-3",
