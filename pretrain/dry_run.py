@@ -11,8 +11,8 @@ from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.progress import duration
 from mae_transfer.engine.run_folder import RunFolder
 from pretrain.config import PretrainConfig
+from pretrain.objective import PretrainRun
 from pretrain.planner import training_flops
-from pretrain.run import PretrainRun
 
 _REPEAT_BELOW_SECONDS = 60.0
 
@@ -24,7 +24,7 @@ def dry_run(config: PretrainConfig, processes: Processes) -> str:
         UserError: whatever the real run would refuse before it starts, but for what is in ``run.dir``.
     """
     run = PretrainRun(config, processes)
-    trainer = run.trainer(RunFolder(config.run.dir), None)
+    trainer = run.trainer(RunFolder(config.run.dir))
     seconds = trainer.timed_steps(1)[0]
     if processes.any(seconds < _REPEAT_BELOW_SECONDS):
         seconds = trainer.timed_steps(1)[0]

@@ -15,7 +15,7 @@ from mae_transfer.engine.precision import Precision
 from mae_transfer.errors import ConfigError
 from pretrain.baseline import BaselineLosses, baseline_losses
 from pretrain.config import PretrainConfig
-from pretrain.images import MaskedBatch, fixed_batch
+from pretrain.images import MaskedBatch, UnreadableCount, fixed_batch
 from pretrain.load import load_mae
 from pretrain.masking import MaskSampler, build_sampler
 from pretrain.model import MaskedAutoencoder
@@ -47,13 +47,18 @@ def evaluate_loss(
     std: Sequence[float],
     precision: Precision,
     seed: int,
+    unreadable: UnreadableCount,
 ) -> float:
     """Mean loss over the images ``indices``, each with a mask that is the same every time.
 
     Images are not augmented: the largest centred box of the model's aspect ratio, resized.
+
+    Raises:
+        RunFailed: more unreadable images than ``unreadable`` allows.
     """
     total = 0.0
     for batch in _batches(source, indices, model.image_size, sampler, seed):
+        unreadable.add(batch.unreadable)
         images = normalise(batch.images.to(precision.device), mean, std)
         with precision.autocast():
             loss = model(images, batch.noise.to(precision.device), mask_ratio=sampler.ratio).loss
@@ -86,6 +91,7 @@ def evaluate_checkpoint(config: PretrainConfig, checkpoint: str, device: torch.d
         std=info.std,
         precision=Precision(config.train.precision, device),
         seed=config.run.seed,
+        unreadable=UnreadableCount(num_samples=len(source), limit=config.data.max_unreadable),
     )
     target = "pixels normalised patch by patch" if model.norm_pix_loss else "pixels"
     rows = {

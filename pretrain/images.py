@@ -69,7 +69,7 @@ class MaskedImages(Dataset[MaskedBatch]):
         images, noises = [], []
         for key in keys:
             address = {"seed": self.seed, "epoch": key.epoch, "index": key.index}
-            image = self._read(key, unreadable)
+            image = read_or_replace(self.source, key, seed=self.seed, unreadable=unreadable)
             crop = draw_crop(
                 Draws(purpose=Purpose.CROP, **address), image_size=(image.height, image.width), scale=self.scale
             )
@@ -77,17 +77,26 @@ class MaskedImages(Dataset[MaskedBatch]):
             noises.append(self.sampler.noise(Draws(purpose=Purpose.MASK, **address).generator()))
         return MaskedBatch(images=to_batch(images), noise=torch.from_numpy(np.stack(noises)), unreadable=unreadable)
 
-    def _read(self, key: SampleKey, unreadable: dict[int, str]) -> Image.Image:
-        """The image of ``key``, or of other indices drawn from its own stream until one can be read."""
-        index = key.index
-        draws = Draws(seed=self.seed, purpose=Purpose.REPLACEMENT, epoch=key.epoch, index=key.index)
-        for _ in range(_REPLACEMENT_ATTEMPTS):
-            try:
-                return self.source[index]
-            except DataError as error:
-                unreadable[index] = str(error)
-                index = int(draws.words(1)[0] % np.uint64(len(self.source)))
-        raise RunFailed(f"{_REPLACEMENT_ATTEMPTS} images in a row cannot be read; the last: {unreadable[index]}")
+
+def read_or_replace(
+    source: ImageFolder | CachedImages, key: SampleKey, *, seed: int, unreadable: dict[int, str]
+) -> Image.Image:
+    """The image of ``key``, or of other indices drawn from its own stream until one can be read.
+
+    What could not be read is added to ``unreadable``, index -> reason.
+
+    Raises:
+        RunFailed: nothing but unreadable images.
+    """
+    index = key.index
+    draws = Draws(seed=seed, purpose=Purpose.REPLACEMENT, epoch=key.epoch, index=key.index)
+    for _ in range(_REPLACEMENT_ATTEMPTS):
+        try:
+            return source[index]
+        except DataError as error:
+            unreadable[index] = str(error)
+            index = int(draws.words(1)[0] % np.uint64(len(source)))
+    raise RunFailed(f"{_REPLACEMENT_ATTEMPTS} images in a row cannot be read; the last: {unreadable[index]}")
 
 
 def to_batch(images: Sequence[np.ndarray]) -> Tensor:
@@ -103,16 +112,14 @@ def fixed_batch(
     sampler: MaskSampler,
     seed: int,
 ) -> MaskedBatch:
-    """Images for evaluation and pictures: uncropped but for the aspect ratio, with noise that never changes.
-
-    Raises:
-        DataError: one of them cannot be read.
-    """
-    images = [centre_crop(source[index], size=size) for index in indices]
+    """Images for evaluation and pictures: uncropped but for the aspect ratio, with noise that never changes."""
+    unreadable: dict[int, str] = {}
+    read = [read_or_replace(source, SampleKey(0, index), seed=seed, unreadable=unreadable) for index in indices]
+    images = [centre_crop(image, size=size) for image in read]
     noises = [
         sampler.noise(Draws(seed=seed, purpose=Purpose.EVALUATION_MASK, index=index).generator()) for index in indices
     ]
-    return MaskedBatch(images=to_batch(images), noise=torch.from_numpy(np.stack(noises)))
+    return MaskedBatch(images=to_batch(images), noise=torch.from_numpy(np.stack(noises)), unreadable=unreadable)
 
 
 class UnreadableCount:

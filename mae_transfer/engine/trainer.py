@@ -102,7 +102,7 @@ class Trainer(Generic[BatchT]):
         clip_grad: float | None,
         processes: Processes,
         folder: RunFolder,
-        metrics: MetricsLog | None,
+        metrics: MetricsLog | None = None,
         hooks: Sequence[Hook] = (),
         state: Mapping[str, Any] | None = None,
     ) -> None:

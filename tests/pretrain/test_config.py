@@ -8,7 +8,7 @@ import torch
 from mae_transfer.engine.config import read_config, to_yaml, valid_keys
 from mae_transfer.errors import ConfigError
 from pretrain.config import PretrainConfig
-from pretrain.run import build_model
+from pretrain.objective import build_model
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))

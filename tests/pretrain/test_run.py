@@ -20,7 +20,7 @@ from mae_transfer.engine.distribution import Processes
 from mae_transfer.errors import run_tool
 from pretrain.cli import main
 from pretrain.config import PretrainConfig
-from pretrain.run import PretrainRun
+from pretrain.objective import PretrainRun
 from tests.pictures import write_pictures
 from tests.pretrain.small import ARGUMENTS, timeless
 
@@ -180,7 +180,7 @@ def test_unreadable_images_are_named_replaced_and_limited(
     folder = write_pictures(tmp_path / "pictures", 11)
     (folder / "broken.png").write_bytes(b"no image")
     for workers, run in ((0, tmp_path / "a"), (2, tmp_path / "b")):
-        more = ("train.steps=6", "data.max_unreadable=0.1", f"data.workers={workers}")
+        more = ("train.steps=6", "data.max_unreadable=0.1", f"data.workers={workers}", "log.reconstruct_every_epochs=9")
         assert run_tool(main, arguments(folder, run, *more)) == 0
     assert timeless(tmp_path / "a" / "metrics.jsonl") == timeless(tmp_path / "b" / "metrics.jsonl")
     named = [record.getMessage() for record in caplog.records if "broken.png" in record.getMessage()]
@@ -217,6 +217,7 @@ def test_dry_run_and_printing_write_nothing(pictures: Path, tmp_path: Path, caps
     [
         (["data.path=null"], "data.path=FOLDER"),
         (["data.path=absent"], "image folder absent does not exist"),
+        (["train.steps=5", "data.val_path=absent"], "image folder absent does not exist"),
         (["train.epoch=3"], "unknown key train.epoch; did you mean train.epochs?"),
         (["train.steps=5", "train.epochs=5"], "give one of them"),
         (["train.steps=5", "optim.warmup_epochs=100"], "longer than the run"),

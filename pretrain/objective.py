@@ -1,0 +1,164 @@
+"""The pretraining objective on the engine: data, model, optimiser, schedule and loss of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mae_transfer.checkpoint import describe, encoder_state, write_safetensors
+from mae_transfer.data.sampler import StepSampler, num_steps
+from mae_transfer.data.transforms import normalise
+from mae_transfer.engine.config import to_dict
+from mae_transfer.engine.distribution import Processes, unwrap
+from mae_transfer.engine.optimizer import build_adamw, decay_groups, warmup_cosine
+from mae_transfer.engine.precision import Precision
+from mae_transfer.engine.run_folder import RunFolder, git_commit
+from mae_transfer.engine.trainer import Trainer
+from mae_transfer.errors import ConfigError
+from pretrain.config import PretrainConfig
+from pretrain.images import MaskedBatch, MaskedImages, UnreadableCount, batch_stream, open_images
+from pretrain.masking import build_sampler
+from pretrain.model import MaskedAutoencoder, build_mae
+
+
+def build_model(config: PretrainConfig) -> MaskedAutoencoder:
+    """The masked autoencoder of a config, weights drawn from ``run.seed``."""
+    torch.manual_seed(config.run.seed)
+    return build_mae(
+        size=config.model.size,
+        image_size=config.data.size,
+        patch_size=config.model.patch,
+        channels=config.data.channels,
+        mask_ratio=config.mask.ratio,
+        norm_pix_loss=config.model.norm_pix_loss,
+        mask_tokens_in_encoder=config.model.mask_tokens_in_encoder,
+        checkpointing=config.model.checkpointing,
+        **config.model.overrides,
+    )
+
+
+class PretrainRun:
+    """Everything of a run but its folder: data, model, optimiser, schedule.
+
+    Raises:
+        DataError: no images. ConfigError: no length given, a warm-up longer than the run, a batch that does not
+            divide among the processes.
+    """
+
+    def __init__(self, config: PretrainConfig, processes: Processes) -> None:
+        self.config = config
+        self.processes = processes
+        batch_size = config.train.batch_size
+        self.source = open_images(config.data, config.data.roots)
+        self.num_samples = len(self.source)
+        self.num_steps = self._num_steps()
+        self.sampler = build_sampler(config.mask.kind, config.grid, config.mask.ratio)
+        self.dataset = MaskedImages(self.source, data=config.data, sampler=self.sampler, seed=config.run.seed)
+        self.mean, self.std = config.data.normalisation
+        self.unreadable = UnreadableCount(num_samples=self.num_samples, limit=config.data.max_unreadable)
+        self.schedule = warmup_cosine(
+            peak=config.optim.peak_lr(batch_size),
+            warmup_steps=round(config.optim.warmup_epochs * self.num_samples / batch_size),
+            num_steps=self.num_steps,
+            minimum=config.optim.min_lr,
+        )
+        self.precision = Precision(config.train.precision, processes.device)
+        self.step_sampler(0)  # refuses an impossible division of the batch before anything is built
+        self.model = build_model(config).to(processes.device)
+        self.optimizer = build_adamw(decay_groups(self.model, config.optim.weight_decay), config.optim)
+
+    def _num_steps(self) -> int:
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        if train.epochs is None:
+            raise ConfigError("the length of the run is not set; give train.epochs=… or train.steps=…")
+        return num_steps(epochs=train.epochs, num_samples=self.num_samples, batch_size=train.batch_size)
+
+    def step_sampler(self, start_step: int) -> StepSampler:
+        return StepSampler(
+            num_samples=self.num_samples,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.run.seed,
+            start_step=start_step,
+            stop_step=self.num_steps,
+            accumulate=self.config.train.accumulate,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+
+    def batches(self, start_step: int) -> Iterator[MaskedBatch]:
+        return batch_stream(
+            self.dataset,
+            self.step_sampler(start_step),
+            workers=self.config.data.workers,
+            pin_memory=self.processes.device.type == "cuda",
+            count=self.unreadable,
+        )
+
+    def loss(self, model: nn.Module, batch: MaskedBatch) -> Tensor:
+        """Mean squared error over the masked patches of a micro-batch."""
+        images = self.to_device(batch.images)
+        return model(images, batch.noise.to(self.processes.device, non_blocking=True)).loss
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) uint8 to normalised float32 where the model is."""
+        return normalise(images.to(self.processes.device, non_blocking=True), self.mean, self.std)
+
+    def keep_inputs(self, step: int, folder: RunFolder) -> None:
+        """Save what went into the step that ended as ``step``: it is drawn again, as it is a function of its keys."""
+        keys = self.step_sampler(0).global_batch(step - 1)
+        batch = self.dataset.__getitems__(keys)
+        folder.nonfinite.mkdir(exist_ok=True)
+        content = {
+            "images": batch.images,
+            "noise": batch.noise,
+            "files": [str(self.source.paths[key.index]) for key in keys],
+            "model": unwrap(self.model).state_dict(),
+        }
+        torch.save(content, folder.nonfinite / f"step-{step:08d}.pt")
+
+    def every(self, epochs: float) -> int:
+        """Steps in ``epochs`` epochs, at least one."""
+        return max(1, round(epochs * self.num_samples / self.config.train.batch_size))
+
+    def trainer(self, folder: RunFolder) -> Trainer[MaskedBatch]:
+        """The loop of this run, at its beginning, without hooks and without a log."""
+        config = self.config
+        return Trainer(
+            model=self.model,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            loss=self.loss,
+            batches=self.batches,
+            keep_inputs=self.keep_inputs,
+            num_steps=self.num_steps,
+            num_samples=self.num_samples,
+            train=config.train,
+            precision=self.precision,
+            checkpoint=config.checkpoint,
+            log_every_steps=config.log.every_steps,
+            clip_grad=config.optim.clip_grad,
+            processes=self.processes,
+            folder=folder,
+            state={"config": to_dict(config.resolved()), "metadata": self.metadata()},
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """What transfer needs to know of the encoder."""
+        return describe(
+            self.model,
+            mean=tuple(self.mean),
+            std=tuple(self.std),
+            normalised_target=self.config.model.norm_pix_loss,
+            decoder_num_heads=self.model.decoder_num_heads,
+            git_commit=git_commit(),
+        ).to_metadata()
+
+    def write_weights(self, folder: RunFolder) -> None:
+        """``model.safetensors`` and ``encoder.safetensors``."""
+        state = self.model.state_dict()
+        write_safetensors(folder.model, state, self.metadata())
+        write_safetensors(folder.encoder, encoder_state(state), self.metadata())
