@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mae_transfer.checkpoint import describe, encoder_state, write_safetensors
+from mae_transfer.checkpoint import describe, encoder_state
 from mae_transfer.data.sampler import StepSampler, num_steps
 from mae_transfer.data.transforms import normalise
 from mae_transfer.engine.config import to_dict
 from mae_transfer.engine.distribution import Processes, unwrap
+from mae_transfer.engine.files import write_torch, write_weights
 from mae_transfer.engine.optimizer import build_adamw, decay_groups, warmup_cosine
 from mae_transfer.engine.precision import Precision
 from mae_transfer.engine.run_folder import RunFolder, git_commit
@@ -111,14 +112,13 @@ class PretrainRun:
         """Save what went into the step that ended as ``step``: it is drawn again, as it is a function of its keys."""
         keys = self.step_sampler(0).global_batch(step - 1)
         batch = self.dataset.__getitems__(keys)
-        folder.nonfinite.mkdir(exist_ok=True)
         content = {
             "images": batch.images,
             "noise": batch.noise,
             "files": [str(self.source.paths[key.index]) for key in keys],
             "model": unwrap(self.model).state_dict(),
         }
-        torch.save(content, folder.nonfinite / f"step-{step:08d}.pt")
+        write_torch(folder.nonfinite / f"step-{step:08d}.pt", content)
 
     def every(self, epochs: float) -> int:
         """Steps in ``epochs`` epochs, at least one."""
@@ -160,5 +160,5 @@ class PretrainRun:
     def write_weights(self, folder: RunFolder) -> None:
         """``model.safetensors`` and ``encoder.safetensors``."""
         state = self.model.state_dict()
-        write_safetensors(folder.model, state, self.metadata())
-        write_safetensors(folder.encoder, encoder_state(state), self.metadata())
+        write_weights(folder.model, state, self.metadata())
+        write_weights(folder.encoder, encoder_state(state), self.metadata())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mae_transfer.engine.files import atomic_path
+from mae_transfer.engine.files import write_torch
 from mae_transfer.errors import CheckpointError, ConfigError
 
 FORMAT = "mae-transfer training state, version 1"
@@ -47,8 +47,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
     """Write ``state`` (which has its ``step``) and delete all but the newest ``keep``, in this order."""
     path = checkpoint_path(folder, state["step"])
-    with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+    write_torch(path, {"format": FORMAT, **state})
     for old in all_checkpoints(folder)[:-keep]:
         old.unlink()
     return path

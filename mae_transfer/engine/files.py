@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from mae_transfer.checkpoint import atomic_write
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mae_transfer.checkpoint import atomic_write, write_safetensors
 from mae_transfer.errors import RunFailed
 
 
@@ -25,8 +30,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with atomic_write(path) as temporary:
             yield temporary
         _flush_folder(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunFailed(f"cannot write {path}: {error}") from error
+
+
+def write_torch(path: str | Path, content: Any) -> None:
+    """``torch.save``, atomically."""
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # its writer reports a full disk as an internal inconsistency
+            raise OSError(f"writing stopped half-way, the disk may be full ({str(error).splitlines()[0]})") from error
+
+
+def write_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, atomically."""
+    with atomic_path(path) as temporary:
+        write_safetensors(temporary, tensors, metadata)
 
 
 def write_text(path: str | Path, text: str) -> None:

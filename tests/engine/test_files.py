@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mae_transfer.engine.checkpoints import all_checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
-from mae_transfer.engine.files import atomic_path, write_text
+from mae_transfer.engine.files import atomic_path, write_text, write_weights
 from mae_transfer.engine.metrics import MetricsLog, read_metrics
 from mae_transfer.engine.run_folder import RunConfig, describe_environment, open_run_folder
 from mae_transfer.errors import CheckpointError, ConfigError, DataError, RunFailed
@@ -34,6 +34,24 @@ def test_a_block_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_failed_run_with_its_reason() -> None:
     with pytest.raises(RunFailed, match="cannot write"):
         write_text("/proc/file.txt", "text")
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    state, metadata = {"weight": torch.zeros(100_000)}, {"format": "pt"}
+    save_checkpoint(tmp_path, {"step": 1, "model": state}, keep=1)
+    write_weights(tmp_path / "model.safetensors", state, metadata)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # no file may grow beyond: as a full disk
+    try:
+        with pytest.raises(RunFailed, match=r"cannot write .*step-00000002\.pt"):
+            save_checkpoint(tmp_path, {"step": 2, "model": state}, keep=1)
+        with pytest.raises(RunFailed, match=r"cannot write .*model\.safetensors"):
+            write_weights(tmp_path / "model.safetensors", state, metadata)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
