@@ -2,11 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from mae_transfer.errors import run_tool
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the packages, not tools/pretrain.py under their name
+
+from mae_transfer.errors import run_tool  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Import the framework only when it is run, so that its absence is one line."""
     from mae_transfer.detection.train import main as train
 
     return train(argv)
