@@ -44,7 +44,9 @@ def draw_instances(
     for number, (box, colour) in enumerate(zip(boxes, colours)):
         draw.rectangle([float(value) for value in box], outline=colour)
         if labels is not None:
-            draw.text((float(box[0]) + 2, float(box[1]) + 1), labels[number], fill=colour)
+            place = (max(0.0, float(box[0])) + 2, max(0.0, float(box[1])) + 1)
+            draw.rectangle(draw.textbbox(place, labels[number]), fill=(0, 0, 0))
+            draw.text(place, labels[number], fill=colour)
     return np.asarray(drawn)
 
 
