@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from mmengine.runner import autocast
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor
@@ -34,7 +33,7 @@ class MAESegmentor(EncoderDecoder):
         if wanted == "fp32":
             yield
             return
-        with autocast(device_type=inputs.device.type, dtype=torch.bfloat16):
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
             yield
 
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
