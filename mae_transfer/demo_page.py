@@ -28,6 +28,7 @@ from pretrain.load import load_mae
 from pretrain.reconstruct import reconstruct_masked
 
 NUM_PICTURES = 4  # rows of predictions
+OVERVIEW_COLUMNS = ("unseen scene", "what the encoder sees", "completed by the MAE", "Mask R-CNN", "UperNet")
 _PANEL_GAP = 6  # pixels between the panels of the tools' own pictures
 _TITLE_BAR = 22  # pixels above the panels of a segmentation picture
 
@@ -109,8 +110,8 @@ def _score_table(page: Page, scores: dict[str, dict[str, float]], caption: str) 
     page.table(["per cent", *STARTS.values(), "difference"], rows, caption=caption)
 
 
-def overview(layout: Layout, size: DemoSize, *, rows: int = 2) -> Image.Image:
-    """The demo in one picture: scenes of the validation set, hidden, reconstructed, detected and segmented.
+def overview(layout: Layout, size: DemoSize, *, rows: int = 2) -> list[list[Image.Image]]:
+    """The demo in a few pictures: scenes of the validation set as in OVERVIEW_COLUMNS, all of the scenes' size.
 
     Args:
         layout: where a finished demo's files are.
@@ -119,17 +120,28 @@ def overview(layout: Layout, size: DemoSize, *, rows: int = 2) -> Image.Image:
     """
     detection, segmentation = layout.detection("pretrained"), layout.segmentation("pretrained")
     loaded = load_mae(layout.pretraining / "model.safetensors")
-    grid = []
+    found = []
     for index, name in enumerate(_shared_pictures([detection, segmentation])[:rows]):
         with Image.open((layout.scenes / "coco" / "val" / name).with_suffix(".jpg")) as image:
             scene = image.convert("RGB")
         _, masked, _, completed = reconstruct_masked(loaded, scene, kind="random", ratio=0.75, seed=0, index=index)
-        panels = [scene, panel(detection / "predictions" / name, 1, size.side)]
-        panels.append(panel(segmentation / "predictions" / name, 2, size.side, top=_TITLE_BAR))
-        photo, instances, classes = (np.asarray(picture) for picture in panels)
-        grid.append(GridRow(pictures=[photo, to_picture(masked[0]), to_picture(completed[0]), instances, classes]))
-    columns = ("unseen scene", "what the encoder sees", "completed by the MAE", "Mask R-CNN", "UperNet")
-    return image_grid(grid, columns=columns, tile_height=size.side)
+        small = (Image.fromarray(to_picture(part[0])) for part in (masked, completed))
+        found.append(
+            [
+                scene,
+                *(picture.resize(scene.size, Image.Resampling.NEAREST) for picture in small),
+                panel(detection / "predictions" / name, 1, size.side),
+                panel(segmentation / "predictions" / name, 2, size.side, top=_TITLE_BAR),
+            ]
+        )
+    return found
+
+
+def save_overview(panels: Sequence[Sequence[Image.Image]], path: Path) -> None:
+    """The overview as one PNG."""
+    grid = [GridRow(pictures=[np.asarray(picture) for picture in row]) for row in panels]
+    with atomic_path(path) as temporary:
+        image_grid(grid, columns=OVERVIEW_COLUMNS).save(temporary, format="PNG", optimize=True)
 
 
 def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records: Sequence[Record]) -> Page:
@@ -146,9 +158,8 @@ def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records:
         lead="A small Vision Transformer learns from unlabelled images by filling in what is hidden. Its encoder then "
         "starts Mask R-CNN in Detectron2 and UperNet in MMSegmentation, each beside the same run from random weights.",
     )
-    picture = overview(layout, size)
-    with atomic_path(layout.out / "overview.png") as temporary:
-        picture.save(temporary, format="PNG", optimize=True)
+    panels = overview(layout, size)
+    save_overview(panels, layout.out / "overview.png")
     detection = {start: detection_scores(layout, start) for start in STARTS}
     segmentation = {start: segmentation_scores(layout, start) for start in STARTS}
     seconds = sum(record.seconds for record in records)
@@ -169,7 +180,7 @@ def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records:
             (_clock(seconds), f"in all, on {os.cpu_count()} cores"),
         ]
     )
-    _results(page, picture, detection, segmentation)
+    _results(page, panels, detection, segmentation)
     _scenes(page, layout, size)
     _pretraining(page, layout, size)
     _detection(page, layout, size, detection)
@@ -179,10 +190,17 @@ def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records:
 
 
 def _results(
-    page: Page, picture: Image.Image, detection: dict[str, dict[str, float]], segmentation: dict[str, dict[str, float]]
+    page: Page,
+    panels: Sequence[Sequence[Image.Image]],
+    detection: dict[str, dict[str, float]],
+    segmentation: dict[str, dict[str, float]],
 ) -> None:
     page.section("Results")
-    page.picture(picture, caption="Two scenes of the validation set, from the run with the pretrained encoder.")
+    caption = (
+        "Scenes of the validation set; detection and segmentation started from the pretrained encoder. What completes a "
+        "scene is the predicted pattern of each hidden patch, shown at the true patch's brightness and contrast."
+    )
+    page.picture_grid(OVERVIEW_COLUMNS, panels, caption=caption)
     bars = []
     for metric, scores in (("box AP", detection), ("mask AP", detection), ("mIoU", segmentation)):
         bars += [Bar(group=metric, name=STARTS[start], value=scores[start][metric]) for start in STARTS]
