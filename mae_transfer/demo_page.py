@@ -163,23 +163,10 @@ def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records:
     detection = {start: detection_scores(layout, start) for start in STARTS}
     segmentation = {start: segmentation_scores(layout, start) for start in STARTS}
     seconds = sum(record.seconds for record in records)
-    page.facts(
-        [
-            (
-                f"{_number(detection['pretrained']['box AP'])} / {_number(detection['random']['box AP'])}",
-                "box AP, pretrained / random",
-            ),
-            (
-                f"{_number(detection['pretrained']['mask AP'])} / {_number(detection['random']['mask AP'])}",
-                "mask AP, pretrained / random",
-            ),
-            (
-                f"{_number(segmentation['pretrained']['mIoU'])} / {_number(segmentation['random']['mIoU'])}",
-                "mIoU, pretrained / random",
-            ),
-            (_clock(seconds), f"in all, on {os.cpu_count()} cores"),
-        ]
-    )
+    facts = []
+    for metric, scores in (("box AP", detection), ("mask AP", detection), ("mIoU", segmentation)):
+        facts.append((" / ".join(_number(scores[start][metric]) for start in STARTS), f"{metric}: pretrained / random"))
+    page.facts([*facts, (_clock(seconds), f"in all, on {os.cpu_count()} cores")])
     _results(page, panels, detection, segmentation)
     _scenes(page, layout, size)
     _pretraining(page, layout, size)
@@ -197,8 +184,8 @@ def _results(
 ) -> None:
     page.section("Results")
     caption = (
-        "Scenes of the validation set; detection and segmentation started from the pretrained encoder. What completes a "
-        "scene is the predicted pattern of each hidden patch, shown at the true patch's brightness and contrast."
+        "Scenes of the validation set; detection and segmentation started from the pretrained encoder. A scene is "
+        "completed with the predicted pattern of each hidden patch, shown at the true patch's brightness and contrast."
     )
     page.picture_grid(OVERVIEW_COLUMNS, panels, caption=caption)
     bars = []
