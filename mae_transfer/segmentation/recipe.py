@@ -174,7 +174,6 @@ def schedule(settings: Settings, facts: Facts) -> dict[str, Any]:
     """AdamW with layer decay; linear warm-up from a millionth, then linear to zero at the end of the run."""
     train = settings.train
     warmup = _warmup(settings)
-    val_interval = min(train.val_interval or max(1, train.max_iters // 10), train.max_iters)
     decay = get_size(facts.size).segmentation_layer_decay if train.layer_decay is None else train.layer_decay
     decline = {
         "type": "PolyLR",
@@ -199,7 +198,11 @@ def schedule(settings: Settings, facts: Facts) -> dict[str, Any]:
             "clip_grad": None,
         },
         "param_scheduler": [rise, decline] if warmup else [decline],
-        "train_cfg": {"type": "IterBasedTrainLoop", "max_iters": train.max_iters, "val_interval": val_interval},
+        "train_cfg": {
+            "type": "IterBasedTrainLoop",
+            "max_iters": train.max_iters,
+            "val_interval": _val_interval(settings),
+        },
         "val_cfg": {"type": "ValLoop"},
         "test_cfg": {"type": "TestLoop"},
     }
@@ -208,7 +211,6 @@ def schedule(settings: Settings, facts: Facts) -> dict[str, Any]:
 def runtime(settings: Settings, facts: Facts, work_dir: str) -> dict[str, Any]:
     """Hooks, logs, checkpoints, environment."""
     train = settings.train
-    val_interval = min(train.val_interval or max(1, train.max_iters // 10), train.max_iters)
     return {
         "default_scope": "mmseg",
         "custom_imports": {"imports": ["mae_transfer.segmentation"], "allow_failed_imports": False},
@@ -220,7 +222,7 @@ def runtime(settings: Settings, facts: Facts, work_dir: str) -> dict[str, Any]:
             "checkpoint": {
                 "type": "CheckpointHook",
                 "by_epoch": False,
-                "interval": train.checkpoint_interval or val_interval,
+                "interval": train.checkpoint_interval or _val_interval(settings),
                 "max_keep_ckpts": train.keep_checkpoints,
                 "save_best": "mIoU",
                 "rule": "greater",
@@ -250,6 +252,11 @@ def runtime(settings: Settings, facts: Facts, work_dir: str) -> dict[str, Any]:
         "resume": False,
         "launcher": "none",
     }
+
+
+def _val_interval(settings: Settings) -> int:
+    train = settings.train
+    return min(train.val_interval or max(1, train.max_iters // 10), train.max_iters)
 
 
 def _warmup(settings: Settings) -> int:

@@ -72,7 +72,7 @@ class TrainSettings:
     precision: str = "bf16"  # fp32, bf16, fp16 (CUDA only)
     val_interval: int | None = None  # None: a tenth of the run
     checkpoint_interval: int | None = None  # None: val_interval
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # at least 2: MMEngine removes the oldest before it writes the next
     log_interval: int = 50
 
 
@@ -152,7 +152,6 @@ _AT_LEAST_ONE = (
     "train.batch_size",
     "train.val_interval",
     "train.checkpoint_interval",
-    "train.keep_checkpoints",
     "train.log_interval",
     "test.window_batch",
 )
@@ -170,6 +169,8 @@ def _check_choices(settings: Settings) -> None:
         value = value_of(key)
         if value is not None and value < 1:
             raise ConfigError(f"{key} is {value}; expected at least 1")
+    if settings.train.keep_checkpoints < 2:
+        raise ConfigError(f"train.keep_checkpoints is {settings.train.keep_checkpoints}; expected at least 2")
 
 
 def _names(kind: type) -> str:

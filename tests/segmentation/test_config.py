@@ -182,6 +182,7 @@ def test_amp_flag_and_precision(make_folder, amp: bool, given: str, expected: st
         ("train.max_iters", "many", "a whole number"),
         ("train.max_iters", True, "a whole number"),
         ("train.max_iters", 0, "at least 1"),
+        ("train.keep_checkpoints", 1, "at least 2"),
         ("train.precision", "fp8", "fp32, bf16, fp16"),
         ("train.precision", "fp16", "CUDA"),
         ("train.warmup_iters", 1, "expected 0, or 2"),
