@@ -281,11 +281,3 @@ def test_mismatched_labels_are_found_before_training(make_folder, tmp_path) -> N
     (folder / "classes.txt").write_text("ground\nred\n")
     with pytest.raises(UserError, match="holds label 2, 3, but the 2 classes are labelled 0 to 1"):
         train_main(arguments(folder, tmp_path / "run"))
-
-
-@pytest.mark.parametrize("tool", ["train_seg.py", "test_seg.py"])
-def test_help(tool: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), "--help"], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert "--cfg-options" in done.stdout
