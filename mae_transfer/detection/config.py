@@ -160,11 +160,10 @@ def resolve(cfg: DictConfig, *, training: bool = True) -> DictConfig:
     for key in ("max_iter", "batch_size"):
         if not isinstance(train[key], int) or train[key] < 1:
             raise ConfigError(f"train.{key}={train[key]}: expected a whole number above 0")
-    if not dataset.get("categories") or dataset.train.json:
+    # The config of a run knows its categories; evaluating it does not need the training data any more.
+    if training or not dataset.get("categories"):
         _require_pair(dataset, "train", needed=True)
         dataset.categories = [asdict(category) for category in read_categories(dataset.train.json)]
-    elif training:
-        _require_pair(dataset, "train", needed=True)
     _require_pair(dataset, "val", needed=not training)
 
     augmentation = build_augmentation(cfg)

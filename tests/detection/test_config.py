@@ -142,6 +142,9 @@ def test_a_saved_config_reads_back_as_it_was(scenes: Any, tmp_path: Path) -> Non
     save_config(again, tmp_path / "again.yaml")
     assert (tmp_path / "again.yaml").read_text() == (tmp_path / "config.yaml").read_text()
     assert instantiate(again.model).backbone.net.width == 192
+    scenes.json.rename(tmp_path / "val.json")  # a run's config evaluates without its training data
+    val = f"dataset.val.json={tmp_path / 'val.json'}"
+    assert resolve(load_config(tmp_path / "config.yaml", [val]), training=False).model.num_classes == 2
 
 
 def test_a_saved_config_calls_only_our_code(scenes: Any, tmp_path: Path) -> None:
