@@ -240,7 +240,7 @@ def test_a_handful_of_scenes_is_learned_by_heart(make_scenes: Callable[..., Any]
     given = arguments(
         scenes,
         tmp_path / "run",
-        "train.max_iter=400",
+        "train.max_iter=300",
         "train.batch_size=4",
         "model.patch_size=8",
         "model.channels=64",
