@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,31 @@ def weights(output: Path, name: str = "model_final.pth") -> dict[str, torch.Tens
     return torch.load(output / name, weights_only=True)["model"]
 
 
+@contextmanager
+def tool_running(given: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """tools/train_det.py in a process that does not outlive the test; threads as here, for equal sums."""
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "train_det.py"), *given],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def wait_for(path: Path, child: subprocess.Popen[bytes]) -> None:
+    """Until ``path`` has content."""
+    deadline = time.monotonic() + 300
+    while not (path.exists() and path.stat().st_size):
+        assert child.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def scenes(make_scenes: Callable[..., Any]) -> Any:
     return make_scenes(num_images=4, side=64)
@@ -61,20 +87,10 @@ def test_killed_and_resumed_ends_where_the_uninterrupted_run_does(scenes: Any, t
     assert main(arguments(scenes, tmp_path / "whole", *more)) == 0
 
     killed = tmp_path / "killed"
-    # The child has many more iterations before it, so that the kill cannot come too late.
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "train_det.py"), *arguments(scenes, killed, *more)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "last_checkpoint").exists():
-        assert child.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    with tool_running(arguments(scenes, killed, *more)) as child:
+        wait_for(killed / "last_checkpoint", child)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
     assert not (killed / "model_final.pth").exists()
 
     assert main([*arguments(scenes, killed, *more), "--resume"]) == 0
@@ -84,22 +100,10 @@ def test_killed_and_resumed_ends_where_the_uninterrupted_run_does(scenes: Any, t
 
 def test_sigterm_saves_and_says_so(scenes: Any, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "tools" / "train_det.py"),
-            *arguments(scenes, output, "train.max_iter=100000", "train.log_period=1"),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not ((output / "metrics.json").exists() and (output / "metrics.json").stat().st_size):
-        assert child.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    child.terminate()
-    assert child.wait(timeout=60) == 75
+    with tool_running(arguments(scenes, output, "train.max_iter=100000", "train.log_period=1")) as child:
+        wait_for(output / "metrics.json", child)
+        child.terminate()
+        assert child.wait(timeout=300) == 75
     assert (output / (output / "last_checkpoint").read_text()).is_file()
 
 
