@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -32,6 +34,14 @@ class StopRequest:
 
 def ignore_stop_signals(worker: int = 0) -> None:
     """For data workers: a cluster signals every process of a job, and the main one still needs its workers to finish
-    the step; it ends them itself."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    the step. The main process's own SIGTERM, with which it ends its workers when it leaves, is obeyed: were it ignored
+    too, a main process that leaves without shutting its loader down would wait for its workers for ever."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_obey_main_process, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_main_process(main: int) -> None:
+    """Wait for the blocked signals; only here is it known who sent them."""
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != main:
+        pass
+    os._exit(0)
