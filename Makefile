@@ -7,7 +7,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 SIZE ?= full
 OUT ?= demo-output
 BIN := .venv/bin
-PYTEST_ARGS ?=
+JOBS ?= 2
+PYTEST_ARGS ?= -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint clean

@@ -37,6 +37,7 @@ DEV = [
     "mypy",
     "pytest>=8",
     "pytest-timeout",
+    "pytest-xdist",
     "ruff",
     "transformers>=5,<6",  # the independent oracle of the tests
     "types-PyYAML",
