@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 EXIT_BAD_INPUT = 2
@@ -90,7 +90,7 @@ def require(module: str, extra: str) -> ModuleType:
         ) from error
 
 
-def run_tool(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
+def run_tool(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """Run a tool's ``main`` and turn what a user caused into a line on standard error and an exit status.
 
     Returns:

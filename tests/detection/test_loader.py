@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
 
 from mae_transfer.data.sampler import SampleKey
 from mae_transfer.detection.augment import Augmentation, fit_inside
 from mae_transfer.detection.dataset import load_coco
-from mae_transfer.detection.loader import TrainingSamples, build_train_loader
+from mae_transfer.detection.loader import TrainingSamples, _to_instances, build_train_loader
 from mae_transfer.errors import ConfigError
 
 from .conftest import COLOURS
@@ -139,3 +141,16 @@ def test_a_loader_started_later_goes_on_with_the_same_batches(dataset: Any) -> N
 def test_settings_that_cannot_be_meant(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Augmentation(**{"image_size": 64, **change})
+
+
+def test_an_outline_that_misses_the_crop_is_no_instance() -> None:
+    """Its box reaches into the crop, the L itself does not; Detectron2 gives such an instance an infinite box."""
+    corner = [0.0, 0.0, 60.0, 0.0, 60.0, 8.0, 8.0, 8.0, 8.0, 60.0, 0.0, 60.0]
+    inside = [30.0, 30.0, 50.0, 30.0, 50.0, 50.0, 30.0, 50.0]
+    annotations = [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": category, "segmentation": [polygon], "iscrowd": 0}
+        for category, (box, polygon) in enumerate([([0, 0, 60, 60], corner), ([30, 30, 50, 50], inside)])
+    ]
+    instances = _to_instances(annotations, T.TransformList([T.CropTransform(20, 20, 40, 40)]), (40, 40), "polygon")
+    assert instances.gt_classes.tolist() == [1]
+    assert instances.gt_boxes.tensor.tolist() == [[10.0, 10.0, 30.0, 30.0]]
