@@ -142,7 +142,7 @@ def _to_instances(
     """Detectron2's Instances; boxes are recomputed from the cropped masks, empty ones are dropped."""
     annotations = [utils.transform_instance_annotations(a, transforms, size) for a in annotations]
     if mask_format == "polygon":
-        # A box can reach into the crop where its outline does not (an L around it): no polygon is left to take a box of.
+        # A box can reach into the crop where its outline, an L around it, does not: no polygon is left to bound.
         annotations = [a for a in annotations if len(a["segmentation"])]
     instances = utils.annotations_to_instances(annotations, size, mask_format=mask_format)
     if not len(instances):
