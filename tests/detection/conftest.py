@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ class Scenes:
         self.images = folder / "images"
         self.images.mkdir(parents=True)
         self.json = folder / "instances.json"
-        self.content: dict[str, Any] = {"images": [], "annotations": [], "categories": CATEGORIES}
+        self.content: dict[str, Any] = {"images": [], "annotations": [], "categories": copy.deepcopy(CATEGORIES)}
         for number in range(num_images):
             image, annotations = draw_scene(rng, side, num_instances)
             name = f"{number:03d}.png"
