@@ -42,7 +42,11 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     """Write tensors (made contiguous, on the CPU) and string metadata atomically."""
     own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
+        # safetensors makes files that only their owner may read: give back what the user's umask says.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(own, str(temporary), metadata=dict(metadata))
+        temporary.chmod(mode)
 
 
 def write_torch(path: str | Path, content: Any) -> None:

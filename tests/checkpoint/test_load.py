@@ -203,3 +203,9 @@ def test_a_failed_write_leaves_the_old_file(own: Path) -> None:
         write_safetensors(own, {"x": None}, {})  # type: ignore[dict-item]
     assert own.read_bytes() == before
     assert [path.name for path in own.parent.iterdir()] == [own.name]
+
+
+def test_others_may_read_a_checkpoint_as_they_may_any_file(own: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.txt"
+    plain.write_text("as the umask says")
+    assert own.stat().st_mode == plain.stat().st_mode
