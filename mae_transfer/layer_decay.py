@@ -89,7 +89,7 @@ def parameter_groups(
         seen.add(id(parameter))
         layer = layer_id(name, depth)
         decay = 0.0 if no_decay(name, parameter) else weight_decay
-        scale = rate ** (depth + 1 - layer)
+        scale = layer_scale(name, depth=depth, rate=rate)
         group = groups.setdefault(
             (layer, decay),
             {"params": [], "names": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay, "layer_id": layer},

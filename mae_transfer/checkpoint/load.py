@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from mae_transfer.checkpoint.info import EncoderInfo
@@ -101,7 +100,7 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint) -> Report:
         if name not in own:
             unexpected.append(name)
             continue
-        fitted = fit(name, tensor, vit, checkpoint.info)
+        fitted = fit(name, tensor, own[name], vit, checkpoint.info)
         if fitted.shape != own[name].shape:
             mismatched.append(f"{name} is {shape_text(tensor)}, the model has {shape_text(own[name])}")
         elif fitted is not tensor:
@@ -142,13 +141,14 @@ def _problems(missing: list[str], unexpected: list[str], mismatched: list[str]) 
     return problems
 
 
-def fit(name: str, tensor: Tensor, vit: VisionTransformer, info: EncoderInfo) -> Tensor:
-    """``tensor`` resized to the model where it is a position table of another grid; itself otherwise."""
+def fit(name: str, tensor: Tensor, own: Tensor, vit: VisionTransformer, info: EncoderInfo) -> Tensor:
+    """``tensor`` resized to the model's ``own`` where it is a position table of another grid; itself otherwise."""
     if name == "pos_embed":
         if tensor.shape == vit.pos_embed.shape or tensor.shape[2] != vit.width:
             return tensor
         return resize_pos_embed(tensor, info.grid, vit.grid)
-    own = vit.state_dict()[name] if name.endswith(("rel_pos_h", "rel_pos_w", "bias_table")) else tensor
+    if not name.endswith(("rel_pos_h", "rel_pos_w", "relative_position_bias_table")):
+        return tensor
     if own.shape == tensor.shape or own.shape[1] != tensor.shape[1]:
         return tensor
     if name.endswith(("rel_pos_h", "rel_pos_w")):
@@ -183,7 +183,6 @@ def encoder_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not _NOT_OF_THE_ENCODER.match(name)}
 
 
-@torch.no_grad()
 def describe(vit: VisionTransformer, **fields: object) -> EncoderInfo:
     """``EncoderInfo`` of a model in memory; ``fields`` give what the model does not know (mean, std, git_commit …)."""
     values: dict[str, object] = {
