@@ -94,7 +94,11 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; it is handed its attention and knows nothing of windows or relative position."""
+    """Pre-norm transformer block; it is handed its attention and knows nothing of windows or relative position.
+
+    With ``checkpointing`` the activations inside are recomputed in the backward pass. The block does that itself, so
+    that whatever is put around it (compilation, sharding) goes around the recomputation too.
+    """
 
     def __init__(
         self,
@@ -105,8 +109,10 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = attention
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
@@ -116,6 +122,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """(N, T, D) -> (N, T, D)."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, grid, use_reentrant=False)
+        return self.compute(x, grid)
+
+    def compute(self, x: Tensor, grid: Grid | None) -> Tensor:
         """(N, T, D) -> (N, T, D)."""
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), grid)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
@@ -209,6 +221,7 @@ class VisionTransformer(nn.Module):
                 norm_eps=norm_eps,
                 drop_path=drop_path * block / max(depth - 1, 1),
                 layer_scale=layer_scale,
+                checkpointing=checkpointing,
             )
             for block in range(depth)
         )
@@ -241,13 +254,6 @@ class VisionTransformer(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
         return torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
 
-    def run_block(self, index: int, x: Tensor, grid: Grid | None) -> Tensor:
-        """Block ``index`` on (N, T, D), recomputed in the backward pass when ``checkpointing``."""
-        block = self.blocks[index]
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, grid, use_reentrant=False)
-        return block(x, grid)
-
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """(N, C, H, W) -> tokens (N, [1 +] L, D) ready for the blocks, and their grid."""
         grid = grid_of((images.shape[2], images.shape[3]), self.patch_size)
@@ -260,7 +266,7 @@ class VisionTransformer(nn.Module):
         """(N, C, H, W) -> (N, 1 + L, D), cls first, after the final norm. (N, L, D) without a cls token."""
         x, grid = self.embed(images)
         for index in range(self.depth):
-            x = self.run_block(index, x, grid)
+            x = self.blocks[index](x, grid)
         return self.norm(x)
 
     def forward_taps(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
@@ -282,7 +288,7 @@ class VisionTransformer(nn.Module):
         x, grid = self.embed(images)
         maps: dict[int, Tensor] = {}
         for index in range(max(indices) + 1):
-            x = self.run_block(index, x, grid)
+            x = self.blocks[index](x, grid)
             if index in indices:
                 maps[index] = self.tokens_to_map(x, grid)
         return [maps[index] for index in indices]

@@ -97,7 +97,13 @@ class MaskedAutoencoder(VisionTransformer):
         self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, self.width)) if mask_tokens_in_encoder else None
         self.decoder_pos_embed = nn.Parameter(sincos_2d(decoder_width, self.grid), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            Block(Attention(decoder_width, decoder_num_heads), decoder_width, mlp_ratio=mlp_ratio, norm_eps=norm_eps)
+            Block(
+                Attention(decoder_width, decoder_num_heads),
+                decoder_width,
+                mlp_ratio=mlp_ratio,
+                norm_eps=norm_eps,
+                checkpointing=self.checkpointing,
+            )
             for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=norm_eps)
@@ -183,7 +189,7 @@ class MaskedAutoencoder(VisionTransformer):
             x = spread(x, ids_visible, self.encoder_mask_token, patches.shape[1]) + positions  # (N, L, D)
         x = self.prepend_cls(x)
         for index in range(self.depth):
-            x = self.run_block(index, x, grid)
+            x = self.blocks[index](x, grid)
         return self.norm(x)
 
     def decode(self, latent: Tensor, ids_visible: Tensor, grid: Grid) -> Tensor:

@@ -64,17 +64,24 @@ def test_gradients_reach_resized_positions() -> None:
 
 def test_checkpointing_changes_memory_and_nothing_else() -> None:
     torch.manual_seed(0)
-    vit = build_vit("tiny", image_size=32, patch_size=8, depth=3, drop_path=0.5).train()
     images = torch.randn(4, 3, 32, 32)
-    gradients = []
+    gradients, saved = [], []
     for checkpointing in (False, True):
-        vit.checkpointing = checkpointing
-        vit.zero_grad()
+        torch.manual_seed(0)
+        vit = build_vit(
+            "tiny", image_size=32, patch_size=8, depth=3, drop_path=0.5, checkpointing=checkpointing
+        ).train()
+        torch.manual_seed(1)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+            vit.forward_features(images)
+        saved.append(sum(kept))
         torch.manual_seed(1)
         vit.forward_features(images).square().sum().backward()
         gradients.append([p.grad.clone() for p in vit.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+    assert saved[1] < 0.5 * saved[0]
 
 
 def test_drop_path_drops_whole_samples_at_the_rate_and_rises_with_depth() -> None:
