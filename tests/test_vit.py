@@ -62,6 +62,19 @@ def test_gradients_reach_resized_positions() -> None:
     assert vit.pos_embed.grad is not None and vit.pos_embed.grad.abs().sum() > 0
 
 
+def saved_values(vit: VisionTransformer, images: torch.Tensor) -> int:
+    """How many numbers the forward pass keeps for the backward pass."""
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        vit.forward_features(images)
+    return sum(kept)
+
+
 def test_checkpointing_changes_memory_and_nothing_else() -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 32, 32)
@@ -72,10 +85,7 @@ def test_checkpointing_changes_memory_and_nothing_else() -> None:
             "tiny", image_size=32, patch_size=8, depth=3, drop_path=0.5, checkpointing=checkpointing
         ).train()
         torch.manual_seed(1)
-        kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
-            vit.forward_features(images)
-        saved.append(sum(kept))
+        saved.append(saved_values(vit, images))
         torch.manual_seed(1)
         vit.forward_features(images).square().sum().backward()
         gradients.append([p.grad.clone() for p in vit.parameters()])
