@@ -15,6 +15,7 @@ from mae_transfer.engine.trainer import TrainConfig
 from mae_transfer.errors import ConfigError
 from mae_transfer.sizes import get_size
 from pretrain.masking import build_sampler
+from pretrain.model import check_variants
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # how Pillow turns RGB into grayscale
@@ -108,6 +109,10 @@ class ModelConfig:
     decoder_num_heads: int | None = None
     norm_pix_loss: bool = True
     mask_tokens_in_encoder: bool = False  # the paper's ablation (Table 1c)
+    positions: str = "sincos"  # sincos: fixed; learned: the tables train from there (arXiv 2010.11929)
+    decoder: str = "self"  # self: the paper's; cross: CrossMAE's, mask tokens read the encoder only (arXiv 2401.14391)
+    cross_prediction_ratio: float = 0.25  # with cross: share of all patches that a step predicts (γ)
+    cross_fuse_features: bool = True  # with cross: each decoder block reads a learned mixture of all encoder blocks
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
     def __post_init__(self) -> None:
@@ -118,6 +123,7 @@ class ModelConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"model.{key}={value} must be at least 1")
+        check_variants(self.positions, self.decoder, self.cross_prediction_ratio, self.mask_tokens_in_encoder)
 
     @property
     def patch(self) -> tuple[int, int]:

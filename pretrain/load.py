@@ -31,12 +31,12 @@ def load_mae(path: str | Path) -> LoadedMAE:
     path = _model_file(Path(path))
     checkpoint = read_checkpoint(path)
     tensors, info = checkpoint.tensors, checkpoint.info
-    if "decoder_embed.weight" not in tensors:
+    if "decoder_pred.weight" not in tensors:
         raise CheckpointError(
             f"{path} has no decoder, so it cannot reconstruct; give the run's model.safetensors or a file of "
             "checkpoints/, not encoder.safetensors"
         )
-    decoder_width = tensors["decoder_embed.weight"].shape[0]
+    decoder_width = tensors["decoder_pred.weight"].shape[1]
     model = MaskedAutoencoder(
         image_size=info.image_size,
         patch_size=info.patch_size,
@@ -51,6 +51,10 @@ def load_mae(path: str | Path) -> LoadedMAE:
         # Unknown for official files: most released ones were trained on normalised pixels (paper, Table 1d).
         norm_pix_loss=info.normalised_target is not False,
         mask_tokens_in_encoder="encoder_mask_token" in tensors,
+        positions=info.positions,
+        decoder="cross" if "decoder_blocks.0.cross_attn.q.weight" in tensors else "self",
+        cross_prediction_ratio=info.cross_prediction_ratio or 0.25,
+        cross_fuse_features="wfm.linear.weight" in tensors,
     )
     wanted, given = set(model.state_dict()), set(tensors)
     if wanted != given:

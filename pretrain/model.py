@@ -7,7 +7,9 @@ Shapes: N batch, C channels, H W image, p patch, (h, w) grid, L = h·w patches, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +20,12 @@ from mae_transfer.errors import ConfigError, nearest
 from mae_transfer.position import Grid, grid_of, resize_pos_embed, sincos_2d
 from mae_transfer.sizes import get_size
 from mae_transfer.vit import Block, VisionTransformer, init_linear, size_arguments
+from pretrain.cross_decoder import CrossBlock, FeatureFusion, num_predicted
 from pretrain.masking import num_visible
 
 TARGET_EPS = 1e-6
+POSITIONS = ("sincos", "learned")
+DECODERS = ("self", "cross")
 
 
 @dataclass(kw_only=True)
@@ -28,26 +33,27 @@ class MAEOutput:
     """What one forward pass gives.
 
     Attributes:
-        loss: mean squared error over the masked patches, a scalar in float32.
+        loss: mean squared error over the predicted patches, a scalar in float32.
         mask: (N, L) float, 1 = masked.
         ids_visible: (N, K) patches that were encoded, in the order of the noise.
         ids_masked: (N, L − K) the rest.
+        ids_predicted: (N, P) the patches of the loss: all masked ones, or CrossMAE's share of them while training.
     """
 
     loss: Tensor
     mask: Tensor
     ids_visible: Tensor
     ids_masked: Tensor
-    _decoded: Tensor = field(repr=False)
-    _head: nn.Module = field(repr=False)
+    ids_predicted: Tensor
+    _predict: Callable[[], Tensor] = field(repr=False)
 
     @property
     def prediction(self) -> Tensor:
         """(N, L, p·p·C) for all patches, values ordered row, column, channel.
 
-        Computed when asked for: training needs the head on the masked patches only.
+        Computed when asked for: training needs it for the patches of the loss only.
         """
-        return self._head(self._decoded)
+        return self._predict()
 
 
 class MaskedAutoencoder(VisionTransformer):
@@ -59,10 +65,21 @@ class MaskedAutoencoder(VisionTransformer):
         norm_pix_loss: predict each patch normalised by its own mean and (unbiased) variance (Section 3).
         mask_tokens_in_encoder: the paper's ablation (Table 1c): the encoder sees mask tokens instead of skipping
             hidden patches. Adds ``encoder_mask_token`` and drops the decoder's ``mask_token``.
+        positions: "sincos", fixed tables as in the paper, or "learned": ``pos_embed`` and ``decoder_pos_embed`` train,
+            from those tables on (learned tables: Dosovitskiy et al. 2021, arXiv 2010.11929).
+        decoder: "self", the paper's, or "cross": CrossMAE's cross-attention decoder (arXiv 2401.14391), which has
+            keys of its own (``decoder_blocks.i.cross_attn``) and no ``decoder_embed``.
+        cross_prediction_ratio: CrossMAE's γ: the share of *all* patches that a training step predicts; the masked ones
+            next in the order of the noise. In evaluation mode the loss is of all masked patches.
+        cross_fuse_features: CrossMAE's inter-block attention: each decoder block reads a learned mixture of all encoder
+            features (keys ``wfm`` and ``dec_norms``). The encoder's ``norm`` then is in no path of the loss and stays
+            as initialised, as in the released models.
         encoder: arguments of ``VisionTransformer``.
 
-    ``pos_embed`` and ``decoder_pos_embed`` are fixed sin-cos tables. Images of other sizes than ``image_size`` get
-    both resized.
+    Images of other sizes than ``image_size`` get both position tables resized.
+
+    Raises:
+        ConfigError: values outside these, or that exclude one another.
     """
 
     def __init__(
@@ -74,8 +91,13 @@ class MaskedAutoencoder(VisionTransformer):
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
         mask_tokens_in_encoder: bool = False,
+        positions: str = "sincos",
+        decoder: str = "self",
+        cross_prediction_ratio: float = 0.25,
+        cross_fuse_features: bool = True,
         **encoder: Any,
     ) -> None:
+        check_variants(positions, decoder, cross_prediction_ratio, mask_tokens_in_encoder)
         if not encoder.get("cls_token", True) or encoder.get("window_size") or encoder.get("relative_position"):
             raise ConfigError(
                 "masked pretraining encodes a set of visible patches with a cls token: cls_token=False, window_size "
@@ -88,24 +110,37 @@ class MaskedAutoencoder(VisionTransformer):
         self.decoder_width = decoder_width
         self.decoder_depth = decoder_depth
         self.decoder_num_heads = decoder_num_heads
-        mlp_ratio, norm_eps = encoder.get("mlp_ratio", 4.0), encoder.get("norm_eps", 1e-6)
+        self.positions = positions
+        self.decoder = decoder
+        self.cross_prediction_ratio = cross_prediction_ratio
+        norm_eps = encoder.get("norm_eps", 1e-6)
 
-        self.pos_embed.requires_grad_(False)
-        self.decoder_embed = nn.Linear(self.width, decoder_width)
+        self.pos_embed.requires_grad_(positions == "learned")
+        self.decoder_embed = nn.Linear(self.width, decoder_width) if decoder == "self" else None
         # One mask token, where it is used: in the decoder, or in the encoder for the ablation.
         self.mask_token = None if mask_tokens_in_encoder else nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, self.width)) if mask_tokens_in_encoder else None
-        self.decoder_pos_embed = nn.Parameter(sincos_2d(decoder_width, self.grid), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_2d(decoder_width, self.grid), requires_grad=positions == "learned"
+        )
+        block_arguments = {
+            "mlp_ratio": encoder.get("mlp_ratio", 4.0),
+            "norm_eps": norm_eps,
+            "checkpointing": self.checkpointing,
+        }
         self.decoder_blocks = nn.ModuleList(
-            Block(
-                Attention(decoder_width, decoder_num_heads),
-                decoder_width,
-                mlp_ratio=mlp_ratio,
-                norm_eps=norm_eps,
-                checkpointing=self.checkpointing,
-            )
+            Block(Attention(decoder_width, decoder_num_heads), decoder_width, **block_arguments)
+            if decoder == "self"
+            else CrossBlock(self.width, decoder_width, decoder_num_heads, **block_arguments)
             for _ in range(decoder_depth)
         )
+        fused = decoder == "cross" and cross_fuse_features
+        self.wfm = FeatureFusion(1 + self.depth, decoder_depth) if fused else None
+        self.dec_norms = (
+            nn.ModuleList(nn.LayerNorm(self.width, eps=norm_eps) for _ in range(decoder_depth)) if fused else None
+        )
+        if fused:
+            self.norm.requires_grad_(False)
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=norm_eps)
         self.decoder_pred = nn.Linear(decoder_width, self.patch_size[0] * self.patch_size[1] * self.num_channels)
         self._reset_decoder()
@@ -116,7 +151,8 @@ class MaskedAutoencoder(VisionTransformer):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
-            module.apply(init_linear)
+            if module is not None:
+                module.apply(init_linear)
 
     def forward(  # type: ignore[override]  # a batch gives a loss here and features in VisionTransformer
         self,
@@ -141,17 +177,17 @@ class MaskedAutoencoder(VisionTransformer):
         patches = self.patch_embed.cut(images)  # (N, L, C·p·p)
         ids_visible, ids_masked = self.hide(patches, noise, self._count(grid, mask_ratio, visible))
         latent = self.encode(patches, ids_visible, ids_masked, grid)  # (N, 1 + K, D)
-        decoded = self.decode(latent, ids_visible, grid)  # (N, L, E)
-        prediction = self.decoder_pred(take(decoded, ids_masked))  # (N, L − K, p·p·C)
-        loss = (prediction.float() - self.target(take(patches, ids_masked))).square().mean()
+        ids_predicted, decoded, predict = self.decode(latent, ids_visible, ids_masked, grid)
+        prediction = self.decoder_pred(decoded)  # (N, P, p·p·C)
+        loss = (prediction.float() - self.target(take(patches, ids_predicted))).square().mean()
         mask = torch.ones(patches.shape[:2], device=images.device).scatter_(1, ids_visible, 0.0)
         return MAEOutput(
             loss=loss,
             mask=mask,
             ids_visible=ids_visible,
             ids_masked=ids_masked,
-            _decoded=decoded,
-            _head=self.decoder_pred,
+            ids_predicted=ids_predicted,
+            _predict=predict,
         )
 
     def _count(self, grid: Grid, mask_ratio: float | None, visible: int | None) -> int:
@@ -179,6 +215,7 @@ class MaskedAutoencoder(VisionTransformer):
         """Encoder output of the visible patches (N, 1 + K, D), cls first; of all (N, 1 + L, D) in the ablation.
 
         Only visible patches are embedded at all: hiding after the embedding would throw three quarters away.
+        Where a cross decoder fuses features it is all of them: (1 + depth, N, 1 + K, D), without the final norm.
         """
         positions = self.position_rows(grid)[:, 1:]  # (1, L, D)
         positions = positions.expand(patches.shape[0], -1, -1)
@@ -188,12 +225,34 @@ class MaskedAutoencoder(VisionTransformer):
         else:
             x = spread(x, ids_visible, self.encoder_mask_token, patches.shape[1]) + positions  # (N, L, D)
         x = self.prepend_cls(x)
+        features = [x]
         for index in range(self.depth):
             x = self.blocks[index](x, grid)
-        return self.norm(x)
+            features.append(x)
+        return self.norm(x) if self.wfm is None else torch.stack(features)
 
-    def decode(self, latent: Tensor, ids_visible: Tensor, grid: Grid) -> Tensor:
+    def decode(
+        self, latent: Tensor, ids_visible: Tensor, ids_masked: Tensor, grid: Grid
+    ) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+        """Which patches the loss is of (N, P), those decoded (N, P, E), and how to predict all L.
+
+        A cross decoder that trains decodes the share of the masked patches that it is asked for, and no other.
+        """
+        if self.decoder == "cross" and self.training:
+            num_patches = grid[0] * grid[1]
+            count = num_predicted(num_patches, ids_masked.shape[1], self.cross_prediction_ratio)
+            ids_predicted = ids_masked[:, :count]
+            everything = partial(self._predict_crosswise, latent, grid)
+            return ids_predicted, self.decode_crosswise(latent, ids_predicted, grid), everything
+        if self.decoder == "cross":
+            decoded = self.decode_crosswise(latent, None, grid)
+        else:
+            decoded = self.decode_together(latent, ids_visible, grid)
+        return ids_masked, take(decoded, ids_masked), partial(self.decoder_pred, decoded)
+
+    def decode_together(self, latent: Tensor, ids_visible: Tensor, grid: Grid) -> Tensor:
         """(N, 1 + K, D) -> (N, L, E): mask tokens filled in, positions added, decoded, cls dropped."""
+        assert self.decoder_embed is not None
         x = self.decoder_embed(latent)
         cls, patches = x[:, :1], x[:, 1:]
         if self.mask_token is not None:
@@ -202,6 +261,24 @@ class MaskedAutoencoder(VisionTransformer):
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_norm(x)[:, 1:]
+
+    def decode_crosswise(self, latent: Tensor, ids: Tensor | None, grid: Grid) -> Tensor:
+        """Mask tokens at the patches ``ids`` (N, P), at all in their order for None, read from ``latent``: (N, P, E)."""
+        assert self.mask_token is not None
+        queries = self.mask_token + resize_pos_embed(self.decoder_pos_embed, self.grid, grid)[:, 1:]  # (1, L, E)
+        x = queries.expand(latent.shape[-3], -1, -1)
+        if ids is not None:
+            x = take(x, ids)
+        memories = None if self.wfm is None else self.wfm(latent)  # (J, N, 1 + K, D)
+        for index, block in enumerate(self.decoder_blocks):
+            if memories is None or self.dec_norms is None:
+                x = block(x, latent)
+            else:
+                x = block(x, self.dec_norms[index](memories[index]))
+        return self.decoder_norm(x)
+
+    def _predict_crosswise(self, latent: Tensor, grid: Grid) -> Tensor:
+        return self.decoder_pred(self.decode_crosswise(latent, None, grid))
 
     def target(self, patches: Tensor) -> Tensor:
         """What the decoder should say of patches as cut for the encoder: (N, any, C·p·p) -> (N, any, p·p·C), float32.
@@ -241,6 +318,23 @@ class MaskedAutoencoder(VisionTransformer):
             mean, std = patch_statistics(self.patchify(images).float())
             prediction = prediction * std + mean
         return self.unpatchify(prediction, grid_of((images.shape[2], images.shape[3]), self.patch_size))
+
+
+def check_variants(positions: str, decoder: str, prediction_ratio: float, mask_tokens_in_encoder: bool) -> None:
+    """Raises ConfigError for variants that do not exist or exclude one another; names are the config's."""
+    for key, value, valid in (("positions", positions, POSITIONS), ("decoder", decoder, DECODERS)):
+        if value not in valid:
+            raise ConfigError(f"model.{key}={value}; use {' or '.join(valid)}")
+    if not 0 < prediction_ratio <= 1:
+        raise ConfigError(
+            f"model.cross_prediction_ratio={prediction_ratio} is the share of all patches that is predicted; expected "
+            "more than 0 and at most the mask ratio (the paper's is 0.25)"
+        )
+    if decoder == "cross" and mask_tokens_in_encoder:
+        raise ConfigError(
+            "model.decoder=cross reads from visible patches only, and model.mask_tokens_in_encoder=true hands it hidden "
+            "ones; give one of them"
+        )
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,5 +400,6 @@ _ARGUMENTS = frozenset(
         *("image_size", "patch_size", "in_channels", "width", "depth", "num_heads", "mlp_ratio", "qkv_bias"),
         *("norm_eps", "drop_path", "layer_scale", "checkpointing", "mask_ratio", "norm_pix_loss"),
         *("decoder_width", "decoder_depth", "decoder_num_heads", "mask_tokens_in_encoder"),
+        *("positions", "decoder", "cross_prediction_ratio", "cross_fuse_features"),
     )
 )

@@ -35,6 +35,10 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
         mask_ratio=config.mask.ratio,
         norm_pix_loss=config.model.norm_pix_loss,
         mask_tokens_in_encoder=config.model.mask_tokens_in_encoder,
+        positions=config.model.positions,
+        decoder=config.model.decoder,
+        cross_prediction_ratio=config.model.cross_prediction_ratio,
+        cross_fuse_features=config.model.cross_fuse_features,
         checkpointing=config.model.checkpointing,
         **config.model.overrides,
     )
@@ -154,6 +158,8 @@ class PretrainRun:
             std=tuple(self.std),
             normalised_target=self.config.model.norm_pix_loss,
             decoder_num_heads=self.model.decoder_num_heads,
+            positions=self.model.positions,
+            cross_prediction_ratio=self.model.cross_prediction_ratio if self.model.decoder == "cross" else None,
             git_commit=git_commit(),
         ).to_metadata()
 

@@ -10,6 +10,7 @@ import torch
 
 from mae_transfer import build_vit
 from mae_transfer.errors import ConfigError
+from mae_transfer.vit import VisionTransformer
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ class EncoderInfo:
         patch_size, image_size: (height, width) in pixels.
         mean, std: of the RGB input, for values between 0 and 1.
         normalised_target: pretrained on per-patch normalised pixels; None where unknown.
+        positions: "sincos" where the position table is the fixed one, "learned" where it was trained.
+        cross_prediction_ratio: of a CrossMAE decoder: the share of all patches that it was trained to predict.
         git_commit: of the code that wrote the file; empty where unknown.
     """
 
@@ -42,6 +44,8 @@ class EncoderInfo:
     std: tuple[float, ...] = IMAGENET_STD
     normalised_target: bool | None = None
     decoder_num_heads: int | None = None
+    positions: str = "sincos"
+    cross_prediction_ratio: float | None = None
     git_commit: str = ""
 
     @property
