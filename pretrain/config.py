@@ -166,6 +166,11 @@ class PretrainConfig:
                 f"nearest: [{_nearest_multiple(height, p_h)}, {_nearest_multiple(width, p_w)}]"
             )
         build_sampler(self.mask.kind, self.grid, self.mask.ratio)
+        if self.model.decoder == "cross" and self.model.cross_prediction_ratio > self.mask.ratio:
+            raise ConfigError(
+                f"model.cross_prediction_ratio={self.model.cross_prediction_ratio} of all patches cannot be predicted "
+                f"where mask.ratio={self.mask.ratio} are hidden; give at most the mask ratio"
+            )
 
     def resolved(self) -> PretrainConfig:
         """The same run with everything spelt out that a size or the number of channels implies."""

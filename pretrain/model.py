@@ -120,9 +120,7 @@ class MaskedAutoencoder(VisionTransformer):
         # One mask token, where it is used: in the decoder, or in the encoder for the ablation.
         self.mask_token = None if mask_tokens_in_encoder else nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, self.width)) if mask_tokens_in_encoder else None
-        self.decoder_pos_embed = nn.Parameter(
-            sincos_2d(decoder_width, self.grid), requires_grad=positions == "learned"
-        )
+        self.decoder_pos_embed = nn.Parameter(sincos_2d(decoder_width, self.grid), requires_grad=positions == "learned")
         block_arguments = {
             "mlp_ratio": encoder.get("mlp_ratio", 4.0),
             "norm_eps": norm_eps,
@@ -228,7 +226,8 @@ class MaskedAutoencoder(VisionTransformer):
         features = [x]
         for index in range(self.depth):
             x = self.blocks[index](x, grid)
-            features.append(x)
+            if self.wfm is not None:
+                features.append(x)
         return self.norm(x) if self.wfm is None else torch.stack(features)
 
     def decode(
@@ -263,7 +262,7 @@ class MaskedAutoencoder(VisionTransformer):
         return self.decoder_norm(x)[:, 1:]
 
     def decode_crosswise(self, latent: Tensor, ids: Tensor | None, grid: Grid) -> Tensor:
-        """Mask tokens at the patches ``ids`` (N, P), at all in their order for None, read from ``latent``: (N, P, E)."""
+        """Mask tokens at the patches ``ids`` (N, P), at all L for None, decoded from ``latent``: (N, P, E)."""
         assert self.mask_token is not None
         queries = self.mask_token + resize_pos_embed(self.decoder_pos_embed, self.grid, grid)[:, 1:]  # (1, L, E)
         x = queries.expand(latent.shape[-3], -1, -1)
@@ -332,8 +331,8 @@ def check_variants(positions: str, decoder: str, prediction_ratio: float, mask_t
         )
     if decoder == "cross" and mask_tokens_in_encoder:
         raise ConfigError(
-            "model.decoder=cross reads from visible patches only, and model.mask_tokens_in_encoder=true hands it hidden "
-            "ones; give one of them"
+            "model.decoder=cross reads from visible patches only, and model.mask_tokens_in_encoder=true hands it "
+            "hidden ones; give one of them"
         )
 
 

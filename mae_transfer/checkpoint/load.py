@@ -24,7 +24,9 @@ _NEW_IN_TRANSFER = re.compile(
     r"(.*\.)?(rel_pos_[hw]|relative_position_bias_table|ls[12]\.gamma)$|^(fc_norm|head|head_norm)\."
 )
 # Tensors that a backbone has no use for.
-_NOT_OF_THE_ENCODER = re.compile(r"^(decoder_|wfm\.|dec_norms\.|mask_token$|encoder_mask_token$|head\.|head_norm\.|fc_norm\.)")
+_NOT_OF_THE_ENCODER = re.compile(
+    r"^(decoder_|wfm\.|dec_norms\.|mask_token$|encoder_mask_token$|head\.|head_norm\.|fc_norm\.)"
+)
 # What a host may have been built without.
 _OPTIONAL_IN_HOST = re.compile(
     r"^(cls_token$|norm\.|.*\.ls[12]\.gamma$|.*\.rel_pos_[hw]$|.*relative_position_bias_table$)"
