@@ -1,0 +1,68 @@
+"""What the machine can do and what a run takes of it: the measured ceiling of matrix products, and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# (tokens, width, hidden): the two halves of an MLP, where most of a Vision Transformer's operations are. Long enough
+# that starting a product does not count, short enough that the whole measurement takes about a second.
+_CPU_SHAPES = ((3136, 768, 3072), (3136, 3072, 768))  # 64 images of 49 visible patches through ViT-B
+_GPU_SHAPES = ((32768, 1024, 4096), (32768, 4096, 1024))
+_SECONDS = 0.4  # for each shape
+
+_measured: dict[tuple[str, str, int, str], float] = {}
+
+
+def measured_gflops(device: torch.device, precision: str) -> float:
+    """The fastest matrix product seen on ``device`` at shapes of a Vision Transformer, in GFLOP/s.
+
+    What model FLOP/s utilisation is relative to: of all threads of this process, in the state that the machine is in.
+    Measured once a process (about a second) and remembered for the number of threads and torch's float32 setting.
+
+    Args:
+        precision: "fp32" (TF32 where torch is set to it), "bf16" or "fp16".
+    """
+    key = (str(device), precision, torch.get_num_threads(), torch.get_float32_matmul_precision())
+    if key not in _measured:
+        shapes = _GPU_SHAPES if device.type == "cuda" else _CPU_SHAPES
+        _measured[key] = max(_product_gflops(device, _DTYPES[precision], *shape) for shape in shapes)
+    return _measured[key]
+
+
+@torch.no_grad()
+def _product_gflops(device: torch.device, dtype: torch.dtype, tokens: int, width: int, hidden: int) -> float:
+    # A generator of its own: measuring must not move the random state of the run.
+    generator = torch.Generator(device=device).manual_seed(0)
+    x = torch.randn(tokens, width, device=device, generator=generator).to(dtype)
+    weight = torch.randn(hidden, width, device=device, generator=generator).to(dtype)
+    repeat = 8 if device.type == "cuda" else 1  # launches overlap on a GPU
+    best, spent = float("inf"), 0.0
+    F.linear(x, weight)  # warms up
+    _synchronise(device)
+    while spent < _SECONDS:
+        before = time.perf_counter()
+        for _ in range(repeat):
+            F.linear(x, weight)
+        _synchronise(device)
+        seconds = time.perf_counter() - before
+        best, spent = min(best, seconds / repeat), spent + seconds
+    return 2 * tokens * width * hidden / best / 1e9
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Peak so far in bytes: the most that torch held on a GPU, or that this process had resident (data included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
