@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +13,23 @@ from mae_transfer.checkpoint import describe, encoder_state
 from mae_transfer.data.sampler import StepSampler, num_steps
 from mae_transfer.data.transforms import normalise
 from mae_transfer.engine.config import to_dict
-from mae_transfer.engine.distribution import Processes, unwrap
+from mae_transfer.engine.distribution import Processes
+from mae_transfer.engine.ema import WeightAverage
 from mae_transfer.engine.files import write_torch, write_weights
+from mae_transfer.engine.hardware import measured_gflops
 from mae_transfer.engine.optimizer import build_adamw, decay_groups, warmup_cosine
+from mae_transfer.engine.parallel import compile_blocks, parallelise
 from mae_transfer.engine.precision import Precision
+from mae_transfer.engine.prefetch import prefetch
 from mae_transfer.engine.run_folder import RunFolder, git_commit
+from mae_transfer.engine.state import whole_state
 from mae_transfer.engine.trainer import Trainer
 from mae_transfer.errors import ConfigError
 from pretrain.config import PretrainConfig
 from pretrain.images import MaskedBatch, MaskedImages, UnreadableCount, batch_stream, open_images
 from pretrain.masking import build_sampler
 from pretrain.model import MaskedAutoencoder, build_mae
+from pretrain.planner import training_flops
 
 
 def build_model(config: PretrainConfig) -> MaskedAutoencoder:
@@ -71,7 +79,13 @@ class PretrainRun:
         )
         self.precision = Precision(config.train.precision, processes.device)
         self.step_sampler(0)  # refuses an impossible division of the batch before anything is built
+        if processes.device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         self.model = build_model(config).to(processes.device)
+        self.sample_flops = training_flops(self.model, mask_ratio=config.mask.ratio)
+        if config.train.compile:
+            compile_blocks(self.model)
+        self.module = parallelise(self.model, processes, strategy=config.train.distributed)
         self.optimizer = build_adamw(decay_groups(self.model, config.optim.weight_decay), config.optim)
 
     def _num_steps(self) -> int:
@@ -95,18 +109,32 @@ class PretrainRun:
         )
 
     def batches(self, start_step: int) -> Iterator[MaskedBatch]:
-        return batch_stream(
+        """This process's micro-batches from a step on, on its device."""
+        device = self.processes.device
+        stream = batch_stream(
             self.dataset,
             self.step_sampler(start_step),
             workers=self.config.data.workers,
-            pin_memory=self.processes.device.type == "cuda",
+            pin_memory=device.type == "cuda",
             count=self.unreadable,
         )
 
+        def move(batch: MaskedBatch) -> MaskedBatch:
+            return replace(
+                batch,
+                images=batch.images.to(device, non_blocking=True),
+                noise=batch.noise.to(device, non_blocking=True),
+            )
+
+        def used(batch: MaskedBatch) -> None:
+            for tensor in (batch.images, batch.noise):
+                tensor.record_stream(torch.cuda.current_stream(device))
+
+        return prefetch(stream, device, move=move, used=used)
+
     def loss(self, model: nn.Module, batch: MaskedBatch) -> Tensor:
         """Mean squared error over the masked patches of a micro-batch."""
-        images = self.to_device(batch.images)
-        return model(images, batch.noise.to(self.processes.device, non_blocking=True)).loss
+        return model(self.to_device(batch.images), batch.noise).loss
 
     def to_device(self, images: Tensor) -> Tensor:
         """(N, C, H, W) uint8 to normalised float32 where the model is."""
@@ -114,13 +142,16 @@ class PretrainRun:
 
     def keep_inputs(self, step: int, folder: RunFolder) -> None:
         """Save what went into the step that ended as ``step``: it is drawn again, as it is a function of its keys."""
+        weights = whole_state(self.model)
+        if not self.processes.is_main:
+            return
         keys = self.step_sampler(0).global_batch(step - 1)
         batch = self.dataset.__getitems__(keys)
         content = {
             "images": batch.images,
             "noise": batch.noise,
             "files": [str(self.source.paths[key.index]) for key in keys],
-            "model": unwrap(self.model).state_dict(),
+            "model": weights,
         }
         write_torch(folder.nonfinite / f"step-{step:08d}.pt", content)
 
@@ -130,9 +161,11 @@ class PretrainRun:
 
     def trainer(self, folder: RunFolder) -> Trainer[MaskedBatch]:
         """The loop of this run, at its beginning, without hooks and without a log."""
-        config = self.config
+        config, processes = self.config, self.processes
+        ceiling = measured_gflops(processes.device, config.train.precision) * 1e9
         return Trainer(
             model=self.model,
+            module=self.module,
             optimizer=self.optimizer,
             schedule=self.schedule,
             loss=self.loss,
@@ -145,9 +178,12 @@ class PretrainRun:
             checkpoint=config.checkpoint,
             log_every_steps=config.log.every_steps,
             clip_grad=config.optim.clip_grad,
-            processes=self.processes,
+            processes=processes,
             folder=folder,
-            state={"config": to_dict(config.resolved()), "metadata": self.metadata()},
+            seed=config.run.seed,
+            sample_flops=self.sample_flops,
+            peak_flops=float(processes.sum(torch.tensor(ceiling, dtype=torch.float64))),
+            facts={"config": to_dict(config.resolved()), "metadata": self.metadata()},
         )
 
     def metadata(self) -> dict[str, str]:
@@ -163,8 +199,16 @@ class PretrainRun:
             git_commit=git_commit(),
         ).to_metadata()
 
-    def write_weights(self, folder: RunFolder) -> None:
-        """``model.safetensors`` and ``encoder.safetensors``."""
-        state = self.model.state_dict()
-        write_weights(folder.model, state, self.metadata())
-        write_weights(folder.encoder, encoder_state(state), self.metadata())
+    def write_weights(self, folder: RunFolder, average: WeightAverage | None) -> None:
+        """``model.safetensors`` and ``encoder.safetensors``, and both of the average where there is one."""
+        self._write(folder.model, folder.encoder)
+        if average is not None:
+            with average.in_place():
+                self._write(folder.average_model, folder.average_encoder)
+        self.processes.barrier()
+
+    def _write(self, model: Path, encoder: Path) -> None:
+        state = whole_state(self.model)  # together: a process has only its part
+        if self.processes.is_main:
+            write_weights(model, state, self.metadata())
+            write_weights(encoder, encoder_state(state), self.metadata())

@@ -6,14 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mae_transfer.engine.checkpoints import load_checkpoint
+from mae_transfer.engine.checkpoints import read_checkpoint_facts
 from mae_transfer.engine.config import build_config, flatten, to_dict, to_yaml
-from mae_transfer.engine.distribution import Processes
+from mae_transfer.engine.distribution import Processes, is_restart
 from mae_transfer.engine.metrics import MetricsLog
 from mae_transfer.engine.run_folder import RunFolder, open_run_folder
-from mae_transfer.errors import ConfigError
+from mae_transfer.errors import ConfigError, UserError
 from pretrain.config import PretrainConfig
 from pretrain.monitor import monitors
 from pretrain.objective import PretrainRun
@@ -22,8 +20,10 @@ logger = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: nothing that changes the losses.
 _FREE_ON_RESUME = (
-    *("run.dir", "run.resume", "run.overwrite", "checkpoint.", "log.", "data.workers", "data.cache", "data.path"),
-    *("data.val_path", "data.max_unreadable", "train.max_skipped", "train.device"),
+    *("run.dir", "run.resume", "run.overwrite", "checkpoint.", "log.", "probe.", "data.workers", "data.cache"),
+    *("data.path", "data.val_path", "data.scan_cache", "data.max_unreadable", "train.max_skipped", "train.device"),
+    # The same batches and, but for rounding, the same numbers: what another number of machines may make necessary.
+    *("train.distributed", "train.accumulate", "train.compile", "model.checkpointing"),
 )
 
 
@@ -44,9 +44,8 @@ def pretrain(config: PretrainConfig, processes: Processes) -> str | None:
     trainer = run.trainer(folder)
     trainer.hooks = hooks
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint)
-        _check_same_run(state["config"], config)
-        trainer.load_state_dict(state)
+        _check_same_run(read_checkpoint_facts(checkpoint)["config"], config)
+        trainer.load(checkpoint)
         logger.info("continuing from step %d of %d (%s)", trainer.step, run.num_steps, checkpoint)
     else:
         logger.info(
@@ -65,26 +64,24 @@ def pretrain(config: PretrainConfig, processes: Processes) -> str | None:
     finally:
         if trainer.metrics is not None:
             trainer.metrics.close()
-    if stopped_by is None and processes.is_main:
-        run.write_weights(folder)
-    processes.barrier()
+    if stopped_by is None:
+        run.write_weights(folder, trainer.average)
     return stopped_by
 
 
 def _open_folder(config: PretrainConfig, processes: Processes) -> tuple[RunFolder, Path | None]:
     """The main process makes the folder; what it finds out, bad news included, holds for all of them."""
-    if not processes.is_distributed:
-        return open_run_folder(config.run)
-    box: list[Any] = [None]
+    found: tuple[RunFolder, Path | None] | UserError | None = None
     if processes.is_main:
         try:
-            box = [open_run_folder(config.run)]
-        except ConfigError as error:
-            box = [error]
-    torch.distributed.broadcast_object_list(box, src=0)
-    if isinstance(box[0], ConfigError):
-        raise box[0]
-    return box[0]
+            found = open_run_folder(config.run, restarted=is_restart())
+        except UserError as error:
+            found = error
+    found = processes.from_main(found)
+    if isinstance(found, UserError):
+        raise found
+    assert found is not None
+    return found
 
 
 def _bring_metrics(checkpoint: Path, folder: RunFolder) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mae_transfer.checkpoint.files import read_safetensors, read_torch
 from mae_transfer.checkpoint.info import EncoderInfo, infer_info
+from mae_transfer.checkpoint.sharded import is_sharded, read_facts, read_shards
 from mae_transfer.errors import CheckpointError
 
 # The state dict of a training checkpoint hides below one of these.
@@ -40,14 +41,17 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read any supported checkpoint file, or a run folder of ours.
+    """Read any supported checkpoint file, a run folder of ours, or a sharded training state in one.
 
     Raises:
         CheckpointError: missing, damaged, unsafe, or of an unknown family.
     """
     path = resolve_path(path)
     metadata: dict[str, str] = {}
-    if path.suffix == ".safetensors":
+    if path.is_dir():
+        tensors = {name.removeprefix("model."): tensor for name, tensor in read_shards(path, "model.").items()}
+        metadata = {str(key): str(value) for key, value in read_facts(path).get("metadata", {}).items()}
+    elif path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
         content: Any = tensors
     else:
@@ -67,20 +71,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """The file to read: ``path`` itself, or ``encoder.safetensors`` of a run folder.
+    """What to read: ``path`` itself, or ``encoder.safetensors`` of a run folder.
 
     Raises:
         CheckpointError: nothing there.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         inside = path / "encoder.safetensors"
         if not inside.is_file():
             raise CheckpointError(
                 f"{path} is a folder without encoder.safetensors; expected a checkpoint file or a finished run folder"
             )
         return inside
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"checkpoint {path} does not exist; give the path of a .safetensors or .pth file")
     return path
 

@@ -29,7 +29,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         with atomic_write(path) as temporary:
             yield temporary
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise RunFailed(f"cannot write {path}: {error}") from error
 
@@ -55,7 +55,7 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

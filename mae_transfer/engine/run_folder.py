@@ -13,7 +13,13 @@ from pathlib import Path
 
 import torch
 
-from mae_transfer.engine.checkpoints import latest_checkpoint
+from mae_transfer.checkpoint.sharded import is_sharded
+from mae_transfer.engine.checkpoints import (
+    clear_leftovers,
+    latest_checkpoint,
+    latest_good_checkpoint,
+    verify_checkpoint,
+)
 from mae_transfer.engine.files import write_text
 from mae_transfer.errors import ConfigError
 
@@ -53,6 +59,8 @@ class RunFolder:
         self.nonfinite = self.root / "nonfinite"
         self.model = self.root / "model.safetensors"
         self.encoder = self.root / "encoder.safetensors"
+        self.average_model = self.root / "model_ema.safetensors"
+        self.average_encoder = self.root / "encoder_ema.safetensors"
 
     def write_description(self, config_yaml: str) -> None:
         """``config.yaml`` and ``environment.txt``."""
@@ -60,22 +68,30 @@ class RunFolder:
         write_text(self.environment, describe_environment())
 
 
-def open_run_folder(config: RunConfig) -> tuple[RunFolder, Path | None]:
-    """The folder ready to write to, and the checkpoint to start from, None for a fresh start.
+def open_run_folder(config: RunConfig, *, restarted: bool = False) -> tuple[RunFolder, Path | None]:
+    """The folder ready to write to, and the verified checkpoint to start from, None for a fresh start.
+
+    Args:
+        restarted: torchrun starts the same command again because a process died: go on from the newest checkpoint,
+            whatever the command says of resuming and overwriting.
 
     Raises:
         ConfigError: the folder is not empty and neither resumed nor overwritten; a checkpoint to resume from is
             missing.
+        CheckpointError: the checkpoint to resume from is damaged, or all of them are.
     """
     folder = RunFolder(config.dir)
     if folder.root.exists() and not folder.root.is_dir():
         raise ConfigError(f"run.dir={folder.root} is a file; name a folder")
-    checkpoint = _checkpoint_to_resume(folder, config.resume)
+    resume = config.resume
+    if restarted and (resume == "never" or latest_checkpoint(folder.checkpoints)):
+        resume = "auto"
+    checkpoint = _checkpoint_to_resume(folder, resume)
     used = folder.root.is_dir() and any(folder.root.iterdir())
     own = checkpoint is not None and checkpoint.resolve().is_relative_to(folder.root.resolve())
     # Killed before its first checkpoint: only what write_description and the log left behind. Nothing to lose.
-    unborn = config.resume == "auto" and folder.config.is_file() and not folder.encoder.exists()
-    if used and config.overwrite:
+    unborn = (resume == "auto" or restarted) and folder.config.is_file() and not folder.encoder.exists()
+    if used and config.overwrite and not restarted:
         shutil.rmtree(folder.root)
     elif used and not own and not unborn:
         raise ConfigError(
@@ -84,6 +100,7 @@ def open_run_folder(config: RunConfig) -> tuple[RunFolder, Path | None]:
         )
     for path in (folder.checkpoints, folder.reconstructions, folder.tensorboard):
         path.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder.checkpoints)
     return folder, checkpoint
 
 
@@ -91,15 +108,16 @@ def _checkpoint_to_resume(folder: RunFolder, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        return latest_checkpoint(folder.checkpoints)
+        return latest_good_checkpoint(folder.checkpoints)
     path = Path(resume)
-    if path.is_dir():
-        found = latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
+    if path.is_dir() and not is_sharded(path):
+        found = latest_good_checkpoint(path / "checkpoints") or latest_good_checkpoint(path)
         if found is None:
             raise ConfigError(f"run.resume={resume}: no checkpoint found in this folder")
         return found
-    if not path.is_file():
-        raise ConfigError(f"run.resume={resume} is neither auto, never, a checkpoint file nor a run folder")
+    if not path.exists():
+        raise ConfigError(f"run.resume={resume} is neither auto, never, a checkpoint nor a run folder")
+    verify_checkpoint(path)
     return path
 
 

@@ -8,19 +8,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from mae_transfer.engine.checkpoints import CheckpointConfig, save_checkpoint
-from mae_transfer.engine.distribution import Processes, no_sync, unwrap
+from mae_transfer.data.draws import Draws, Purpose
+from mae_transfer.engine.checkpoints import CheckpointConfig, CheckpointWriter, read_checkpoint_facts, restore
+from mae_transfer.engine.distribution import Agreement, Processes
+from mae_transfer.engine.ema import WeightAverage
+from mae_transfer.engine.hardware import memory_in_use
 from mae_transfer.engine.metrics import MetricsLog
+from mae_transfer.engine.parallel import STRATEGIES, gradient_exchange
 from mae_transfer.engine.precision import PRECISIONS, Precision
 from mae_transfer.engine.progress import Progress
 from mae_transfer.engine.run_folder import RunFolder
 from mae_transfer.engine.signals import StopRequest
+from mae_transfer.engine.state import training_tensors
 from mae_transfer.errors import ConfigError, RunFailed
 
 logger = logging.getLogger(__name__)
@@ -37,8 +44,10 @@ class TrainConfig:
     accumulate: int = 1
     precision: str = "bf16"
     device: str = "auto"
-    distributed: str = "ddp"
-    compile: bool = False
+    distributed: str = "ddp"  # how torchrun's processes share the work: ddp, or fsdp2 for models too large for it
+    compile: bool = False  # each transformer block by torch.compile
+    tf32: bool = False  # fp32 matrix products of a GPU in TF32: faster, with 10 bits of mantissa
+    ema: float | None = None  # decay of an exponential moving average of the weights; null for none
     max_skipped: int = 10  # steps left out because loss or gradients were not finite, before the run gives up
 
     def __post_init__(self) -> None:
@@ -54,10 +63,15 @@ class TrainConfig:
             )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"train.precision={self.precision}; use one of {', '.join(PRECISIONS)}")
-        if self.distributed == "fsdp2":
-            raise ConfigError("train.distributed=fsdp2 is not available yet; use train.distributed=ddp")
-        if self.distributed != "ddp":
-            raise ConfigError(f"train.distributed={self.distributed}; use ddp")
+        if self.distributed not in STRATEGIES:
+            raise ConfigError(f"train.distributed={self.distributed}; use one of {', '.join(STRATEGIES)}")
+        if self.distributed == "fsdp2" and self.precision == "fp16":
+            raise ConfigError(
+                "train.distributed=fsdp2 and train.precision=fp16 do not go together: each process would decide on the "
+                "loss scale from its own shard. Use train.precision=bf16, or train.distributed=ddp"
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"train.ema={self.ema} must lie between 0 and 1, such as 0.9999; null turns it off")
         if self.max_skipped < 0:
             raise ConfigError(f"train.max_skipped={self.max_skipped} must not be negative")
 
@@ -67,7 +81,8 @@ class Hook:
     """Something done every ``every_steps`` steps and after the last: evaluation, pictures.
 
     ``run`` gets the number of steps done and returns numbers for that step's line of metrics. The model is in
-    evaluation mode meanwhile. Only the main process calls it.
+    evaluation mode meanwhile. Every process calls it, as a sharded model computes only together: each must make the
+    same number of forward passes, and the main one alone writes files.
     """
 
     every_steps: int
@@ -78,16 +93,23 @@ class Trainer(Generic[BatchT]):
     """Trains ``model`` for ``num_steps`` optimiser steps.
 
     Args:
-        loss: the mean loss of a micro-batch, from the (possibly wrapped) model and a batch of ``batches``.
+        model: what is trained and saved, sharded or not.
+        module: what is called, ``model`` or its wrapper (``parallel.parallelise``).
+        loss: the mean loss of a micro-batch, from ``module`` and a batch of ``batches``.
         batches: from a step, an endless or long enough iterator of micro-batches, ``accumulate`` a step.
-        keep_inputs: called with (step, folder) when a step's loss or gradients were not finite: saves what went in.
-        state: further entries for the checkpoint, such as the config.
+        keep_inputs: called with (step, folder) when a step's loss or gradients were not finite, on every process:
+            saves what went in.
+        seed: with the step, the round and the process it seeds whatever the model itself draws (drop path).
+        sample_flops: floating-point operations of one sample's training, for the model FLOP utilisation.
+        peak_flops: a second's worth of them at most, of all processes together.
+        facts: further entries for the checkpoint, such as the config; JSON values.
     """
 
     def __init__(
         self,
         *,
         model: nn.Module,
+        module: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int], float],
         loss: Callable[[nn.Module, BatchT], Tensor],
@@ -102,11 +124,15 @@ class Trainer(Generic[BatchT]):
         clip_grad: float | None,
         processes: Processes,
         folder: RunFolder,
+        seed: int = 0,
+        sample_flops: float | None = None,
+        peak_flops: float | None = None,
         metrics: MetricsLog | None = None,
         hooks: Sequence[Hook] = (),
-        state: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
+        self.module = module
         self.optimizer = optimizer
         self.schedule = schedule
         self.loss = loss
@@ -120,89 +146,111 @@ class Trainer(Generic[BatchT]):
         self.clip_grad = clip_grad
         self.processes = processes
         self.folder = folder
+        self.seed = seed
+        self.sample_flops = sample_flops
+        self.peak_flops = peak_flops
         self.metrics = metrics
         self.hooks = hooks
-        self.extra_state = dict(state or {})
+        self.facts = dict(facts or {})
         self.precision = precision
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.average = WeightAverage(model, train.ema) if train.ema is not None else None
         self.step = 0  # optimiser steps done
         self.skipped = 0
         self.progress: Progress | None = None
+        self._writer = CheckpointWriter(folder.checkpoints, keep=checkpoint.keep, processes=processes)
+        self._agreement = Agreement(processes)
         self._pending: list[tuple[int, float, Tensor]] = []
         self._timer = time.perf_counter()
+        self._waited = 0.0  # seconds since the timer spent waiting for batches
 
     def run(self) -> str | None:
         """Train to the end, or to a stop signal, whose name is returned after the state was saved.
 
         Raises:
-            RunFailed: too many steps whose loss or gradients were not finite.
+            RunFailed: too many steps whose loss or gradients were not finite; a checkpoint that cannot be written.
         """
         self.progress = Progress(num_steps=self.num_steps, first_step=self.step, show=self.processes.is_main)
-        wrapped = self._wrap()
         self.model.train()
         batches = self.batches(self.step)
-        with StopRequest() as stop, closing(self.progress):
-            self._timer = time.perf_counter()
-            while self.step < self.num_steps:
-                self._train_step(wrapped, batches)
-                if self._after_step(stop):
-                    return stop.received or "a signal to another process"
-        return None
+        stopped = False
+        with StopRequest() as stop, closing(self.progress), closing(self._writer):
+            self._restart_timer()
+            while self.step < self.num_steps and not stopped:
+                self._train_step(batches)
+                stopped = self._after_step(stop)
+            self._agreement.finish()
+            self._writer.finish()
+            return (stop.received or "a signal to another process") if stopped else None
 
     def _after_step(self, stop: StopRequest) -> bool:
-        """Whatever is due after a step. True: asked to stop, and the state is saved."""
+        """Whatever is due after a step. True: asked to stop before the end, and the state is saved."""
+        writer = self._writer
+        agreed = self._agreement.exchange([bool(stop.received), writer.failed, -writer.completed])
+        stopping = False
+        if agreed is not None:
+            stopping, failed, completed = bool(agreed[0]), bool(agreed[1]), -agreed[2]
+            if failed:
+                self._agreement.finish()
+                writer.raise_failure()
+            writer.seal(completed)
         done = self.step == self.num_steps
         due = [hook for hook in self.hooks if done or self.step % hook.every_steps == 0]
-        flush = done or bool(due) or self.step % self.log_every_steps == 0
-        save = done or self.step % self.checkpoint.every_steps == 0
-        # Alone, a signal is seen at once. Several processes agree on it where they exchange values anyway.
-        stopping = (flush or not self.processes.is_distributed) and self.processes.any(bool(stop.received))
-        if flush or save or stopping:
+        save = done or stopping or self.step % self.checkpoint.every_steps == 0
+        if save or due or self.step % self.log_every_steps == 0:
             self._flush(self._run_hooks(due) if due else {})
-        if save or stopping:
+        if save:
             self.save()
         return stopping and not done
 
     def timed_steps(self, count: int) -> list[float]:
         """Seconds of each of ``count`` real steps, nothing written: what a dry run measures."""
-        wrapped = self._wrap()
         self.model.train()
         batches = self.batches(self.step)
         seconds = []
         for _ in range(count):
             before = time.perf_counter()
-            self._train_step(wrapped, batches)
+            self._train_step(batches)
             self._pending.pop()[2].tolist()  # waits for the device
             seconds.append(time.perf_counter() - before)
         return seconds
 
-    def _wrap(self) -> nn.Module:
-        model = self.processes.wrap(self.model)
-        return torch.compile(model) if self.train.compile else model  # type: ignore[return-value]
-
-    def _train_step(self, wrapped: nn.Module, batches: Iterator[BatchT]) -> None:
+    def _train_step(self, batches: Iterator[BatchT]) -> None:
         rate = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total: Tensor | None = None
-        for round_ in range(self.train.accumulate):
+        rounds = self.train.accumulate
+        for round_ in range(rounds):
+            before = time.perf_counter()
             batch = next(batches)
-            with no_sync(wrapped, last=round_ == self.train.accumulate - 1):
+            self._waited += time.perf_counter() - before
+            self._seed_round(round_)
+            with gradient_exchange(self.module, last=round_ == rounds - 1):
                 with self.precision.autocast():
-                    loss = self.loss(wrapped, batch) / self.train.accumulate
+                    loss = self.loss(self.module, batch) / rounds
                 self.precision.scaler.scale(loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         norm = self._optimizer_step(total)
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
         self._pending.append((self.step, rate, torch.stack([total.float(), norm.float()])))
+
+    def _seed_round(self, round_: int) -> None:
+        """What the model draws is a function of (seed, step, round, process): no random state has to be saved."""
+        part = round_ * self.processes.world_size + self.processes.rank
+        words = Draws(seed=self.seed, purpose=Purpose.STEP, epoch=self.step, index=part).words(1)
+        torch.manual_seed(int(words[0] >> 1))
 
     def _optimizer_step(self, loss: Tensor) -> Tensor:
         """Step unless something is not finite, decided on the device, without waiting for it. Returns the norm."""
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # the shards' norms put together, by all processes
         if self.clip_grad is not None:
             clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         if scaler.is_enabled():
@@ -218,27 +266,23 @@ class Trainer(Generic[BatchT]):
 
     def _run_hooks(self, due: Sequence[Hook]) -> dict[str, float]:
         results: dict[str, float] = {}
-        if self.processes.is_main:
-            self.model.eval()
-            with torch.inference_mode():
-                before = time.perf_counter()
-                for hook in due:
-                    results.update(hook.run(self.step))
-                # Pictures and evaluation are not training: they do not count in images per second.
-                self._timer += time.perf_counter() - before
-            self.model.train()
-        self.processes.barrier()
+        before = time.perf_counter()
+        self.model.eval()
+        with torch.no_grad():
+            for hook in due:
+                results.update(hook.run(self.step))
+        self.model.train()
+        # Pictures and evaluation are not training: they do not count in images per second.
+        self._timer += time.perf_counter() - before
         return results
 
     def _flush(self, extra: Mapping[str, float]) -> None:
         """Read the pending losses from the device, check them, and write a line for each step."""
-        if not self._pending:
-            return
         values = torch.stack([pair for *_, pair in self._pending])  # (steps, 2): loss, gradient norm
         values[:, 0] = self.processes.mean(values[:, 0].contiguous())
         rows = values.tolist()
-        seconds = time.perf_counter() - self._timer
-        speed = len(rows) * self.train.batch_size / max(seconds, 1e-9)
+        seconds = max(time.perf_counter() - self._timer, 1e-9)
+        common = self._rates(len(rows), seconds)
         pending, self._pending = self._pending, []
         bad = []
         for (step, rate, _), (loss, norm) in zip(pending, rows, strict=True):
@@ -251,7 +295,7 @@ class Trainer(Generic[BatchT]):
                 "loss": loss,
                 "lr": rate,
                 "grad_norm": norm,
-                "images_per_second": speed,
+                **common,
                 "time": time.time(),
             }
             if step == self.step:
@@ -262,16 +306,36 @@ class Trainer(Generic[BatchT]):
             self.metrics.flush()
         if self.progress is not None:
             self.progress.update(
-                self.step, loss=rows[-1][0], lr=pending[-1][1], images_per_second=speed, seconds=seconds
+                self.step,
+                loss=rows[-1][0],
+                lr=pending[-1][1],
+                seconds=seconds,
+                images_per_second=common["images_per_second"],
+                mfu=common.get("mfu"),
+                memory_bytes=round(common["memory_gib"] * 2**30),
+                data_wait=common["data_wait"],
             )
         self._handle_nonfinite(bad)
+        self._restart_timer()
+
+    def _rates(self, steps: int, seconds: float) -> dict[str, float]:
+        """What the last ``steps`` steps cost, as it stands in their lines of metrics."""
+        speed = steps * self.train.batch_size / seconds
+        rates = {"images_per_second": speed, "data_wait": min(1.0, self._waited / seconds)}
+        if self.sample_flops is not None and self.peak_flops:
+            rates["mfu"] = speed * self.sample_flops / self.peak_flops
+        rates["memory_gib"] = memory_in_use(self.processes.device) / 2**30
+        return rates
+
+    def _restart_timer(self) -> None:
         self._timer = time.perf_counter()
+        self._waited = 0.0
 
     def _handle_nonfinite(self, bad: Sequence[int]) -> None:
         for step in bad:
             self.skipped += 1
+            self.keep_inputs(step, self.folder)
             if self.processes.is_main:
-                self.keep_inputs(step, self.folder)
                 logger.warning(
                     "step %d: loss or gradients not finite, step left out (%d so far); its inputs are in %s",
                     *(step, self.skipped, self.folder.nonfinite),
@@ -285,40 +349,40 @@ class Trainer(Generic[BatchT]):
             )
 
     def save(self) -> None:
-        """Write the training state; every process calls it, the main one writes."""
-        if self.processes.is_main:
-            save_checkpoint(self.folder.checkpoints, self.state_dict(), keep=self.checkpoint.keep)
-        self.processes.barrier()
-        self._timer = time.perf_counter()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            **self.extra_state,
+        """Write the training state; every process calls it."""
+        facts = {
+            **self.facts,
             "step": self.step,
             "skipped": self.skipped,
             "num_samples": self.num_samples,
-            "model": unwrap(self.model).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
-            "random": {"torch": torch.get_rng_state()},
         }
+        self._agreement.finish()
+        self._writer.save(facts, training_tensors(self.model, self.optimizer, self.average))
+        self._restart_timer()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint, of one process or of several; every process calls it.
 
         Raises:
             ConfigError: it was written with another number of images: samples would not be the same ones.
+            CheckpointError: unreadable, or of another model.
         """
-        if state["num_samples"] != self.num_samples:
+        facts = read_checkpoint_facts(path)
+        if facts["num_samples"] != self.num_samples:
             raise ConfigError(
-                f"the checkpoint was trained on {state['num_samples']} images and data.path now has "
+                f"the checkpoint was trained on {facts['num_samples']} images and data.path now has "
                 f"{self.num_samples}; restore the data, or start a new run"
             )
-        if state["step"] > self.num_steps:
-            raise ConfigError(f"the checkpoint is at step {state['step']}, past this run's end at {self.num_steps}")
-        unwrap(self.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["torch"])
-        self.step = state["step"]
-        self.skipped = state["skipped"]
+        if facts["step"] > self.num_steps:
+            raise ConfigError(f"the checkpoint is at step {facts['step']}, past this run's end at {self.num_steps}")
+        restore(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            average=self.average,
+            alone=not self.processes.is_distributed,
+        )
+        self.precision.scaler.load_state_dict(facts["scaler"])
+        self.step = facts["step"]
+        self.skipped = facts["skipped"]

@@ -53,7 +53,7 @@ def test_valid_keys_are_the_command_lines() -> None:
         ("train.epochs", "section.key=value"),
         ("--train.epochs=3", "section.key=value"),
         ("train.precision=fp64", "fp32, bf16, fp16"),
-        ("train.distributed=fsdp2", "not available yet"),
+        ("train.distributed=fsdp", "use one of ddp, fsdp2"),
         ("train.epochs=-1", "must be positive"),
         ("optim.betas=[0.9]", "two numbers"),
         ("optim.betas=0.9", r"optim\.betas: "),

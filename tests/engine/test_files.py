@@ -9,11 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_transfer.engine.checkpoints import all_checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from mae_transfer.engine.checkpoints import (
+    CheckpointWriter,
+    all_checkpoints,
+    latest_checkpoint,
+    latest_good_checkpoint,
+    load_file,
+    verify_checkpoint,
+)
+from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.files import atomic_path, write_text, write_weights
 from mae_transfer.engine.metrics import MetricsLog, read_metrics
 from mae_transfer.engine.run_folder import RunConfig, describe_environment, open_run_folder
 from mae_transfer.errors import CheckpointError, ConfigError, DataError, RunFailed
+
+
+def save_checkpoint(folder: Path, step: int, weight: torch.Tensor, *, keep: int = 1) -> Path:
+    writer = CheckpointWriter(folder, keep=keep, processes=Processes(device=torch.device("cpu")))
+    writer.save({"step": step}, {"model.weight": weight})
+    writer.close()
+    return folder / f"step-{step:08d}.pt"
 
 
 def test_a_block_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
@@ -39,14 +54,14 @@ def test_a_full_disk_is_a_failed_run_with_its_reason() -> None:
 def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_file(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     state, metadata = {"weight": torch.zeros(100_000)}, {"format": "pt"}
-    save_checkpoint(tmp_path, {"step": 1, "model": state}, keep=1)
+    save_checkpoint(tmp_path, 1, state["weight"])
     write_weights(tmp_path / "model.safetensors", state, metadata)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # no file may grow beyond: as a full disk
     try:
         with pytest.raises(RunFailed, match=r"cannot write .*step-00000002\.pt"):
-            save_checkpoint(tmp_path, {"step": 2, "model": state}, keep=1)
+            save_checkpoint(tmp_path, 2, state["weight"])
         with pytest.raises(RunFailed, match=r"cannot write .*model\.safetensors"):
             write_weights(tmp_path / "model.safetensors", state, metadata)
     finally:
@@ -56,26 +71,47 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_file(tmp_path: P
 
 def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 100, 20):
-        save_checkpoint(tmp_path, {"step": step, "model": {"weight": torch.full((2,), float(step))}}, keep=2)
+        save_checkpoint(tmp_path, step, torch.full((2,), float(step)), keep=2)
     assert [path.name for path in all_checkpoints(tmp_path)] == ["step-00000020.pt", "step-00000100.pt"]
     latest = latest_checkpoint(tmp_path)
     assert latest is not None
-    assert load_checkpoint(latest)["model"]["weight"].tolist() == [100, 100]
+    assert load_file(latest)["model"]["weight"].tolist() == [100, 100]
 
 
 def test_checkpoints_that_are_refused(tmp_path: Path) -> None:
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "foreign.pt")
     torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "pickle.pt")
-    whole = save_checkpoint(tmp_path, {"step": 1, "model": {"weight": torch.zeros(1000)}}, keep=1)
+    whole = save_checkpoint(tmp_path, 1, torch.zeros(1000))
     (tmp_path / "cut.pt").write_bytes(whole.read_bytes()[:1000])
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(CheckpointError, match="is not a training state of this project"):
-        load_checkpoint(tmp_path / "foreign.pt")
+        load_file(tmp_path / "foreign.pt")
     for name in ("pickle.pt", "cut.pt", "text.pt"):
         with pytest.raises(CheckpointError, match=f"cannot read training state .*{name}"):
-            load_checkpoint(tmp_path / name)
+            load_file(tmp_path / name)
     with pytest.raises(CheckpointError, match="does not exist"):
-        load_checkpoint(tmp_path / "absent.pt")
+        load_file(tmp_path / "absent.pt")
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, torch.arange(1000.0), keep=3)
+    first, second, third = all_checkpoints(tmp_path)
+    assert latest_good_checkpoint(tmp_path) == third
+    third.write_bytes(third.read_bytes()[:-500])  # cut off
+    content = bytearray(second.read_bytes())
+    content[content.index(torch.arange(500.0, 600.0).numpy().tobytes()) + 50] ^= 1  # a bit of a weight
+    second.write_bytes(content)
+    # The container still opens and gives a tensor: only its checksum knows.
+    assert not torch.equal(load_file(second)["model"]["weight"], torch.arange(1000.0))
+    assert latest_good_checkpoint(tmp_path) == first
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2 and third.name in warnings[0] and "has changed since it was saved" in warnings[1]
+    first.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"all 3 checkpoints .* are damaged"):
+        latest_good_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="cut off"):
+        verify_checkpoint(first)
 
 
 def test_metrics_are_continued_without_gaps_or_repeats(tmp_path: Path) -> None:
@@ -121,7 +157,7 @@ def test_a_used_folder_is_refused_unless_resumed_or_overwritten(tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"is not empty; .* run\.resume=auto.* run\.overwrite=true"):
         open_run_folder(RunConfig(dir=str(root)))
     assert open_run_folder(RunConfig(dir=str(root), resume="auto"))[1] is None, "killed before its first checkpoint"
-    saved = save_checkpoint(folder.checkpoints, {"step": 3}, keep=1)
+    saved = save_checkpoint(folder.checkpoints, 3, torch.zeros(2))
     assert open_run_folder(RunConfig(dir=str(root), resume="auto"))[1] == saved
     assert open_run_folder(RunConfig(dir=str(root), resume=str(root)))[1] == saved
     assert open_run_folder(RunConfig(dir=str(root), resume=str(saved)))[1] == saved

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mae_transfer.engine.checkpoints import CheckpointConfig, latest_checkpoint, load_checkpoint
+from mae_transfer.engine.checkpoints import CheckpointConfig, latest_checkpoint, read_checkpoint_facts
 from mae_transfer.engine.distribution import Processes, processes
 from mae_transfer.engine.metrics import MetricsLog, read_metrics
 from mae_transfer.engine.optimizer import OptimConfig, build_adamw, decay_groups
@@ -44,6 +44,7 @@ class Regression:
         optimizer = build_adamw(decay_groups(self.model, 0.01), OptimConfig(base_lr=0.1))
         arguments: dict[str, Any] = {
             "model": self.model,
+            "module": self.model,
             "optimizer": optimizer,
             "schedule": lambda step: 0.1,
             "loss": lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
@@ -132,7 +133,7 @@ def test_resumed_to_the_last_bit(tmp_path: Path, regression: Callable[..., Regre
     second = regression(tmp_path / "parts", num_steps=9, last_step=6)
     latest = latest_checkpoint(second.folder.checkpoints)
     assert latest is not None and latest.name == "step-00000006.pt"
-    second.trainer.load_state_dict(load_checkpoint(latest))
+    second.trainer.load(latest)
     second.trainer.run()
     assert second.losses() == whole.losses()
     assert torch.equal(second.model.weight, whole.model.weight)
@@ -194,18 +195,19 @@ def test_a_signal_saves_and_stops_after_the_step(
     assert stopped_by == number.name
     assert len(run.losses()) == run.trainer.step == 5  # noticed after the step that follows
     latest = latest_checkpoint(run.folder.checkpoints)
-    assert latest is not None and load_checkpoint(latest)["step"] == 5
+    assert latest is not None and read_checkpoint_facts(latest)["step"] == 5
     assert signal.getsignal(number) is before
 
 
 def test_other_data_is_no_continuation(tmp_path: Path, regression: Callable[..., Regression]) -> None:
     run = regression(tmp_path)
     run.trainer.run()
-    state = run.trainer.state_dict()
+    latest = latest_checkpoint(run.folder.checkpoints)
+    assert latest is not None
     with pytest.raises(ConfigError, match="trained on 24 images"):
-        regression(tmp_path / "b", num_samples=25).trainer.load_state_dict(state)
+        regression(tmp_path / "b", num_samples=25).trainer.load(latest)
     with pytest.raises(ConfigError, match="past this run's end"):
-        regression(tmp_path / "c", num_steps=5).trainer.load_state_dict(state)
+        regression(tmp_path / "c", num_steps=5).trainer.load(latest)
 
 
 def test_precision() -> None:

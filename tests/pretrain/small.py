@@ -13,8 +13,10 @@ ARGUMENTS = (
     *("checkpoint.every_steps=3", "log.every_steps=1", "log.tensorboard=false", "log.reconstruct_every_epochs=0"),
 )
 
+CLOCK = ("time", "images_per_second", "data_wait", "mfu", "memory_gib")  # what differs between two equal runs
+
 
 def timeless(metrics: Path) -> list[dict[str, Any]]:
     """Lines of a metrics.jsonl without what a clock says."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]

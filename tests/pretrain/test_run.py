@@ -224,7 +224,7 @@ def test_dry_run_and_printing_write_nothing(pictures: Path, tmp_path: Path, caps
         (["train.steps=5", "train.accumulate=3"], "use a multiple of 3"),
         (["train.steps=5", "train.precision=fp16"], "fp16 needs a GPU"),
         (["train.steps=5", "run.resume=absent.pt"], "neither auto, never"),
-        (["train.steps=5", "train.distributed=fsdp2"], "not available yet"),
+        (["train.steps=5", "train.distributed=fsdp2", "train.precision=fp16"], "do not go together"),
     ],
 )
 def test_bad_input_is_a_line_and_status_2(
