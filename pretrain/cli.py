@@ -13,6 +13,7 @@ from mae_transfer.errors import EXIT_PREEMPTED
 from pretrain.config import PretrainConfig
 from pretrain.dry_run import dry_run
 from pretrain.evaluate import evaluate_checkpoint
+from pretrain.planner import parse_plan, plan
 from pretrain.run import pretrain
 
 _EPILOG = """Every key of the config can be set as section.key=value, e.g.
@@ -42,6 +43,13 @@ def parser() -> argparse.ArgumentParser:
         help="take a real step, print size, memory, speed and time, write nothing",
     )
     action.add_argument(
+        "--plan",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="gpus=64 kind=h100: print memory a GPU and hours by formula, for this config and ViT-B, L and H; starts "
+        "nothing and needs no data",
+    )
+    action.add_argument(
         "--evaluate",
         metavar="CHECKPOINT",
         help="print the loss of a checkpoint on the images of data.val_path, and what needs no learning beside it; "
@@ -53,9 +61,15 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 75 saved and stopped by a signal. Errors are raised."""
     arguments = parser().parse_intermixed_args(argv)
-    config = read_config(PretrainConfig, arguments.config, arguments.overrides)
+    # Keys of the config may follow the plan's own, which have no section.
+    planned = [part for part in arguments.plan or () if "." not in part.partition("=")[0]]
+    overrides = arguments.overrides + [part for part in arguments.plan or () if part not in planned]
+    config = read_config(PretrainConfig, arguments.config, overrides)
     if arguments.print_config:
         sys.stdout.write(to_yaml(config.resolved()))
+        return 0
+    if arguments.plan is not None:
+        print(plan(config, **parse_plan(planned)))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     with processes(config.train.device) as group:

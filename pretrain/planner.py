@@ -341,8 +341,8 @@ def plan(
         "small images do not reach; mfu=… replaces it, and --dry-run on one such GPU measures it",
         "  operations: matrix products of the forward pass, x 3 for both passes, x 4 where blocks are recomputed",
         "  memory: parameters, gradients and AdamW's two moments in float32, autocast copies of the weights, "
-        f"activations of {share} images with fused attention; about 2 GiB for context, libraries and fragmentation come "
-        f"on top; ! marks what is then more than the {device.memory_gib:g} GiB of a {kind}",
+        f"activations of {share} images with fused attention; about 2 GiB for context, libraries and fragmentation "
+        f"come on top; ! marks what is then more than the {device.memory_gib:g} GiB of a {kind}",
         "  exchange between GPUs hidden behind the backward pass; the loader keeps up (images/s a GPU above); "
         "evaluation and pictures not counted",
     ]

@@ -12,8 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_transfer.engine.config import read_config
-from mae_transfer.errors import ConfigError
+from mae_transfer.errors import ConfigError, run_tool
 from pretrain import MaskedAutoencoder, build_mae
+from pretrain.cli import main
 from pretrain.config import PretrainConfig
 from pretrain.planner import (
     DEVICES,
@@ -161,6 +162,17 @@ def test_the_plan_of_a_config() -> None:
     assert float(next(line for line in twice.splitlines() if line.startswith("this")).split()[4]) == pytest.approx(
         2 * float(row[4]), abs=0.1
     )
+
+
+def test_the_command_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(CONFIGS / "base_800ep.yaml"), "--plan", "gpus=32", "kind=a100", "model.decoder=cross"]
+    assert run_tool(main, command) == 0
+    crossed = capsys.readouterr().out
+    assert run_tool(main, command[:-1]) == 0
+    plain = capsys.readouterr().out
+    assert crossed.startswith("plan: 32 x a100, 800 epochs") and crossed != plain
+    assert run_tool(main, [*command[:2], "gpus=32"]) == 2
+    assert "lacks kind" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_marked_and_what_cannot_be_planned_is_said() -> None:
