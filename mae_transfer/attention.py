@@ -8,20 +8,32 @@ Shapes: N batch, T tokens, D width, M heads, d = D / M, (h, w) patch grid, s win
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mae_transfer.errors import ConfigError
 from mae_transfer.position import Grid, resize_bias_table, resize_decomposed
 
 RELATIVE_KINDS = (None, "decomposed", "bias")
 
-# On CPUs the fused call is slow for short sequences, and in bf16 its backward is slow up to longer ones: two batched
-# matrix products win up to about these lengths (forward + backward, one core of an AVX512-bf16 machine: 4 to 6 times
-# at 17 to 65 tokens in bf16, 1.1 to 1.5 times in fp32; equal at 1024 in bf16, half as fast at 512 in fp32).
-_CPU_MATMUL_TOKENS_HALF = 512
-_CPU_MATMUL_TOKENS_FLOAT = 96
+# On CPUs the fused call is slow for short sequences, and in bf16 its backward is slow up to longer ones: batched matrix
+# products win up to about these lengths (forward + backward, one core of an AVX512-bf16 machine: 5 times at 17 to 65
+# tokens in bf16, 2.7 times at 197, 1.7 times at 1024; in fp32 1.1 times at 65, and slower from 512 on).
+_CPU_MATMUL_TOKENS_HALF = 1024
+_CPU_MATMUL_TOKENS_FLOAT = 128
+# As many images at a time as keep their scores within this: between the product, the softmax and the next product they
+# then stay in the processor's cache.
+_CPU_SCORE_BYTES = 2 << 20
+
+
+def suits_matmul(q: Tensor) -> bool:
+    """Whether plain matrix products beat the fused call for queries (…, T, d) on their device."""
+    longest = _CPU_MATMUL_TOKENS_HALF if q.dtype in (torch.bfloat16, torch.float16) else _CPU_MATMUL_TOKENS_FLOAT
+    return q.device.type == "cpu" and q.shape[-2] <= longest
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,11 +46,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     Returns:
         (N, M, T, d).
     """
-    longest = _CPU_MATMUL_TOKENS_HALF if q.dtype in (torch.bfloat16, torch.float16) else _CPU_MATMUL_TOKENS_FLOAT
     # A bias that needs a gradient sends the CPU's fused call down its slowest path, at any length.
-    bias_is_trained = bias is not None and bias.requires_grad
-    by_hand = q.device.type == "cpu" and (q.shape[2] <= longest or bias_is_trained)
-    if not by_hand:
+    bias_is_trained = bias is not None and bias.requires_grad and q.device.type == "cpu"
+    if not (bias_is_trained or suits_matmul(q)):
         if bias is not None:
             bias = bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -46,6 +56,67 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+class SelfAttendOnCPU(torch.autograd.Function):
+    """softmax(q·kᵀ/√d)·v of one packed tensor, (N, T, 3D) -> (N, T, D): ``attend`` for a CPU in training.
+
+    The same products as by autograd, a few images at a time, reading heads from the packed tensor and writing their
+    gradients into one: no copies of q, k, v are kept, none of their gradients put together, and the scores are scaled
+    inside the product. Kept for the backward pass: the packed tensor, and the attention (N, M, T, T).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Tensor:
+        n, t, packed = qkv.shape
+        m, d = num_heads, packed // 3 // num_heads
+        out = qkv.new_empty(n, t, m, d)
+        keep = ctx.needs_input_grad[0]
+        step = max(1, _CPU_SCORE_BYTES // (m * t * t * qkv.element_size()))  # images at a time
+        probabilities = qkv.new_empty(n if keep else min(step, n), m, t, t)
+        heads = qkv.view(n, t, 3, m, d).permute(2, 0, 3, 1, 4)  # (3, N, M, T, d)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            q, k, v = heads[:, start:stop].contiguous().view(3, -1, t, d)  # each (n·M, T, d)
+            place = probabilities[start:stop] if keep else probabilities[: stop - start]
+            place = place.view(-1, t, t)
+            torch.softmax(_scaled_product(q, k.transpose(1, 2), d**-0.5), dim=-1, out=place)
+            out[start:stop] = torch.bmm(place, v).view(-1, m, t, d).transpose(1, 2)
+        if keep:
+            ctx.save_for_backward(qkv, probabilities)
+            ctx.num_heads, ctx.step = num_heads, step
+        return out.view(n, t, m * d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        qkv, probabilities = ctx.saved_tensors
+        n, t, packed = qkv.shape
+        m, d = ctx.num_heads, packed // 3 // ctx.num_heads
+        grad_qkv = torch.empty_like(qkv)
+        heads = qkv.view(n, t, 3, m, d).permute(2, 0, 3, 1, 4)  # (3, N, M, T, d)
+        grad_heads = grad_qkv.view(n, t, 3, m, d).permute(2, 0, 3, 1, 4)
+        grad = grad.reshape(n, t, m, d).transpose(1, 2)  # (N, M, T, d)
+        for start in range(0, n, ctx.step):
+            stop = min(start + ctx.step, n)
+            q, k, v = heads[:, start:stop].contiguous().view(3, -1, t, d)
+            g = grad[start:stop].contiguous().view(-1, t, d)
+            p = probabilities[start:stop].view(-1, t, t)
+            grad_q, grad_k, grad_v = pieces = qkv.new_empty(3, *q.shape)
+            torch.bmm(p.transpose(1, 2), g, out=grad_v)
+            grad_scores = torch.bmm(g, v.transpose(1, 2))
+            torch._softmax_backward_data(grad_scores, p, -1, p.dtype, grad_input=grad_scores)
+            _scaled_product(grad_scores, k, d**-0.5, out=grad_q)
+            _scaled_product(grad_scores.transpose(1, 2), q, d**-0.5, out=grad_k)
+            grad_heads[:, start:stop] = pieces.view(3, -1, m, t, d)
+        return grad_qkv, None
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale·(a @ b) of batches (B, i, j) and (B, j, k), scaled before rounding."""
+    if out is None:
+        out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 class Attention(nn.Module):
@@ -106,6 +177,8 @@ class Attention(nn.Module):
     def attend_tokens(self, qkv: Tensor, grid: Grid | None) -> Tensor:
         """Attention from projected tokens: (N, T, 3D) -> (N, T, D), before the output projection."""
         n, t, _ = qkv.shape
+        if self.relative is None and suits_matmul(qkv) and not torch.compiler.is_compiling():
+            return SelfAttendOnCPU.apply(qkv.contiguous(), self.num_heads)
         q, k, v = qkv.reshape(n, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (N, M, T, d)
         if self.relative is None:
             bias = None

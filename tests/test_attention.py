@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mae_transfer import attention
-from mae_transfer.attention import Attention, WindowAttention, attend, bias_from_table
+from mae_transfer.attention import Attention, SelfAttendOnCPU, WindowAttention, attend, bias_from_table
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -63,3 +63,45 @@ def test_windows_equal_global_attention_inside_each_padded_window(relative, grid
             window = padded[:, top : top + s, left : left + s].reshape(2, s * s, 12)
             out[:, top : top + s, left : left + s] = whole(window, (s, s)).reshape(2, s, s, 12)
     torch.testing.assert_close(windowed(x, grid), out[:, :h, :w].reshape(2, h * w, 12))
+
+
+@pytest.mark.parametrize("images_at_a_time", [1, 2, 8])
+def test_packed_self_attention_equals_autograd_of_the_formula(images_at_a_time: int, monkeypatch) -> None:
+    """Any number of images at a time, the last piece a shorter one; to the second check, float64's own differences."""
+    torch.manual_seed(0)
+    n, t, m, d = 5, 7, 3, 4
+    monkeypatch.setattr(attention, "_CPU_SCORE_BYTES", images_at_a_time * m * t * t * 8)
+    qkv = torch.randn(n, t, 3 * m * d, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(n, t, m * d, dtype=torch.float64)
+
+    q, k, v = qkv.reshape(n, t, 3, m, d).permute(2, 0, 3, 1, 4)
+    exact = ((q @ k.transpose(2, 3) / d**0.5).softmax(-1) @ v).transpose(1, 2).reshape(n, t, m * d)
+    (expected,) = torch.autograd.grad(exact, qkv, probe)
+    out = SelfAttendOnCPU.apply(qkv, m)
+    torch.testing.assert_close(out, exact)
+    torch.testing.assert_close(torch.autograd.grad(out, qkv, probe)[0], expected)
+    with torch.no_grad():
+        torch.testing.assert_close(SelfAttendOnCPU.apply(qkv, m), exact)
+    assert torch.autograd.gradcheck(lambda x: SelfAttendOnCPU.apply(x, m), qkv[:3, :4].detach().requires_grad_())
+
+
+def test_packed_self_attention_in_bf16_is_no_less_exact_than_autograd() -> None:
+    torch.manual_seed(0)
+    module = Attention(64, 4).double()
+    n, t = 6, 33
+    qkv = torch.randn(n, t, 192).bfloat16()
+    probe = torch.randn(n, t, 64).bfloat16()
+
+    def gradient(x: torch.Tensor, by_formula: bool) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        if by_formula:
+            q, k, v = x.reshape(n, t, 3, 4, 16).permute(2, 0, 3, 1, 4)
+            out = attend(q, k, v).transpose(1, 2).reshape(n, t, 64)
+        else:
+            out = module.attend_tokens(x, None)
+            assert type(out.grad_fn).__name__ == "SelfAttendOnCPUBackward"
+        return torch.autograd.grad(out, x, probe.to(x.dtype))[0].double()
+
+    exact = gradient(qkv.double(), True)
+    errors = [(gradient(qkv, by_formula) - exact).norm() / exact.norm() for by_formula in (True, False)]
+    assert errors[1] <= 1.05 * errors[0] < 0.01
