@@ -32,6 +32,8 @@ SEGMENTATION = [
     "regex",
 ]
 DEMO = ["pycocotools>=2.0.8", "scikit-image", "scikit-learn"]
+PARQUET = ["pyarrow>=16"]  # Hugging Face parquet files and `datasets` folders as training images
+TIFF = ["tifffile>=2024.1.30"]  # TIFF files of other than one or three channels
 DEV = [
     "hypothesis",
     "mypy",
@@ -60,6 +62,7 @@ setup(
         "pillow>=10",
         "PyYAML",
         "safetensors",
+        "simplejpeg>=1.8",  # decodes JPEG files in part; absent, Pillow decodes them whole
         "tensorboard",
         "timm>=1.0.31",
         "torch>=2.6",
@@ -70,7 +73,9 @@ setup(
         "detection": DETECTION,
         "segmentation": SEGMENTATION,
         "demo": DEMO,
+        "parquet": PARQUET,
+        "tiff": TIFF,
         "dev": DEV,
-        "all": sorted({*DETECTION, *SEGMENTATION, *DEMO, *DEV}),
+        "all": sorted({*DETECTION, *SEGMENTATION, *DEMO, *PARQUET, *TIFF, *DEV}),
     },
 )

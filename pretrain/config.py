@@ -6,13 +6,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mae_transfer.data.decode import check_channels
+from mae_transfer.data.decode import check_channels, is_picture
+from mae_transfer.data.scan import user_cache
 from mae_transfer.engine.checkpoints import CheckpointConfig
 from mae_transfer.engine.metrics import LogConfig
 from mae_transfer.engine.optimizer import OptimConfig
 from mae_transfer.engine.run_folder import RunConfig
 from mae_transfer.engine.trainer import TrainConfig
 from mae_transfer.errors import ConfigError
+from mae_transfer.probe import ProbeConfig
 from mae_transfer.sizes import get_size
 from pretrain.masking import build_sampler
 from pretrain.model import check_variants
@@ -37,16 +39,18 @@ def pair(value: Any, key: str) -> tuple[int, int]:
 class DataConfig:
     """Images and what is done to them (paper, Table 8: random resized crop and flip, nothing else)."""
 
-    path: Any = None  # a folder, or a list of them
+    path: Any = None  # a folder of images, of .tar shards or of .parquet files, or a `datasets` folder; or a list
     val_path: Any = None  # unseen images for the loss and the pictures; null for none
     image_size: Any = 224  # one number or [height, width]
-    channels: int = 3
-    mean: list[float] | None = None  # of values in 0..1; ImageNet's by default
+    channels: int = 3  # 1 or 3: pictures; any other number: TIFF or NumPy files, which need mean and std
+    mean: list[float] | None = None  # of values in 0..1 (of float files: of their values); ImageNet's by default
     std: list[float] | None = None
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    repeats: int = 1  # crops of each decoded image; a batch is of so many times fewer images
     workers: int = 4  # processes that decode; 0 decodes in the training process
     cache: str = "none"  # ram: decode every image once and keep it
     cache_gib: float = 4.0  # refuse a larger cache
+    scan_cache: Any = True  # keep the list of a large folder's files: in ~/.cache/mae-transfer, in a folder, or false
     max_unreadable: float = 0.01  # share of images that may be unreadable before the run stops
 
     def __post_init__(self) -> None:
@@ -56,6 +60,13 @@ class DataConfig:
             values = getattr(self, key)
             if values is not None and len(values) != self.channels:
                 raise ConfigError(f"data.{key} has {len(values)} values; data.channels={self.channels} needs as many")
+        if not is_picture(self.channels) and not self.own_statistics:
+            raise ConfigError(
+                f"data.channels={self.channels} has no default normalisation; give data.mean=[…] and data.std=[…] with "
+                f"{self.channels} values each, in units of 0..1 for uint8 and uint16 files, as they are for float files"
+            )
+        if self.repeats < 1:
+            raise ConfigError(f"data.repeats={self.repeats} must be at least 1")
         if self.std is not None and min(self.std) <= 0:
             raise ConfigError(f"data.std={self.std} must be positive")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -68,6 +79,18 @@ class DataConfig:
             raise ConfigError(f"data.max_unreadable={self.max_unreadable} must lie between 0 and 1")
 
     @property
+    def own_statistics(self) -> bool:
+        """Whether mean and deviation are given rather than ImageNet's."""
+        return self.mean is not None and self.std is not None
+
+    @property
+    def scan_cache_folder(self) -> Path | None:
+        """Where lists of files are kept, if they are."""
+        if isinstance(self.scan_cache, bool):
+            return user_cache() if self.scan_cache else None
+        return Path(str(self.scan_cache)).expanduser() if self.scan_cache is not None else None
+
+    @property
     def size(self) -> tuple[int, int]:
         """(H, W)."""
         return pair(self.image_size, "data.image_size")
@@ -76,22 +99,24 @@ class DataConfig:
     def roots(self) -> list[Path]:
         if self.path is None:
             raise ConfigError("data.path is not set; name the folder that holds the images: data.path=FOLDER")
-        return _folders(self.path)
+        return folders(self.path)
 
     @property
     def val_roots(self) -> list[Path]:
-        return _folders(self.val_path) if self.val_path is not None else []
+        return folders(self.val_path) if self.val_path is not None else []
 
     @property
     def normalisation(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel; ImageNet's, or their luma for grayscale, where none is given."""
+        if self.mean is not None and self.std is not None:
+            return self.mean, self.std
         gray = self.channels == 1
         mean = [sum(w * m for w, m in zip(LUMA, IMAGENET_MEAN, strict=True))] if gray else list(IMAGENET_MEAN)
         std = [sum(w * s for w, s in zip(LUMA, IMAGENET_STD, strict=True))] if gray else list(IMAGENET_STD)
         return (self.mean or mean, self.std or std)
 
 
-def _folders(value: Any) -> list[Path]:
+def folders(value: Any) -> list[Path]:
     return [Path(str(folder)) for folder in (value if isinstance(value, list | tuple) else [value])]
 
 
@@ -156,6 +181,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """Random draws from a counter, so that a draw depends on what it is for and on nothing else.
 
-A draw is addressed by (seed, purpose, epoch, sample index). It is the same whichever process or worker asks, in
+A draw is addressed by (seed, purpose, epoch, sample index, view). It is the same whichever process or worker asks, in
 whatever order, before or after a restart. Only the raw words of the Philox 4x64 bit generator are used: numpy
 guarantees that stream across versions, which it does not for its distributions.
 """
@@ -27,15 +27,16 @@ class Purpose(IntEnum):
 
 
 class Draws:
-    """The stream of one (seed, purpose, epoch, index).
+    """The stream of one (seed, purpose, epoch, index, view).
 
-    The seed and the purpose are Philox's key; epoch and index are the two high words of its counter, so streams never
-    overlap (a stream would have to draw 2**130 words to reach its neighbour).
+    The seed and the purpose are Philox's key; epoch, index and view are the three high words of its counter, so streams
+    never overlap (a stream would have to draw 2**66 words to reach its neighbour). ``view`` counts the crops of one
+    image that go into a batch.
     """
 
-    def __init__(self, *, seed: int, purpose: Purpose, epoch: int = 0, index: int = 0) -> None:
+    def __init__(self, *, seed: int, purpose: Purpose, epoch: int = 0, index: int = 0, view: int = 0) -> None:
         key = [seed & _WORD, int(purpose)]
-        self._bits = np.random.Philox(key=key, counter=[0, 0, index & _WORD, epoch & _WORD])
+        self._bits = np.random.Philox(key=key, counter=[0, view & _WORD, index & _WORD, epoch & _WORD])
 
     def words(self, count: int) -> np.ndarray:
         """``count`` unsigned 64-bit words."""
