@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(report)
             return 0
         if arguments.evaluate is not None:
-            print(evaluate_checkpoint(config, arguments.evaluate, group.device))
+            report = evaluate_checkpoint(config, arguments.evaluate, group)
+            if group.is_main:
+                print(report)
             return 0
         stopped_by = pretrain(config, group)
     if stopped_by is not None:

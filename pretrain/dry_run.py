@@ -1,55 +1,164 @@
-"""One real step before a long run: does it fit, how fast is it, how long will it take."""
+"""Real steps before a long run: does it fit, how fast is it, where does the work go, how long will it take."""
 
 from __future__ import annotations
 
-import resource
-import sys
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mae_transfer.engine.distribution import Processes
+from mae_transfer.engine.hardware import memory_in_use
 from mae_transfer.engine.progress import duration
 from mae_transfer.engine.run_folder import RunFolder
+from mae_transfer.engine.trainer import Hook
 from pretrain.config import PretrainConfig
+from pretrain.monitor import monitors
 from pretrain.objective import PretrainRun
-from pretrain.planner import training_flops
+from pretrain.planner import Memory, forward_work, memory
 
-_REPEAT_BELOW_SECONDS = 60.0
+_SECONDS = 15.0  # for steps after the first, which warms up
+_LONG_STEP = 60.0  # is measured by itself, and nothing else is
+_MOST_STEPS = 10
+
+T = TypeVar("T")
 
 
 def dry_run(config: PretrainConfig, processes: Processes) -> str:
-    """Take one real step, a second one if the first was short (it warms up), and report. Nothing is written.
+    """Take a few real steps, and each evaluation once, and report. Nothing is written to ``run.dir``.
 
     Raises:
         UserError: whatever the real run would refuse before it starts, but for what is in ``run.dir``.
     """
     run = PretrainRun(config, processes)
-    trainer = run.trainer(RunFolder(config.run.dir))
-    seconds = trainer.timed_steps(1)[0]
-    if processes.any(seconds < _REPEAT_BELOW_SECONDS):
-        seconds = trainer.timed_steps(1)[0]
-    batch_size = config.train.batch_size
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    gflops = training_flops(run.model, mask_ratio=config.mask.ratio) / 1e9
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = RunFolder(Path(scratch) / "run")
+        folder.reconstructions.mkdir(parents=True)
+        hooks = monitors(run, folder)
+        trainer = run.trainer(folder)
+        waits = _Waits()
+        trainer.batches = waits.around(trainer.batches)
+        first = trainer.timed_steps(1)[0]
+        steps, waited = [first], waits.seconds
+        short = not processes.any(first > _LONG_STEP)
+        if short:
+            count = 1 + processes.largest([max(1, min(_MOST_STEPS, int(_SECONDS / first)))])[0]
+            waits.seconds = []
+            # The first of these starts the loader anew, which a run does once.
+            steps, waited = trainer.timed_steps(count)[1:], waits.seconds[config.train.accumulate :]
+        seconds = statistics.median(steps)
+        peak = memory_in_use(processes.device)
+        counted = _counted_gflops(run)
+        extra = _timed_hooks(run, hooks) if short else {}
+    batch_size, gflops = config.train.batch_size, run.sample_flops / 1e9
     speed = batch_size / seconds
-    return "\n".join(
-        (
-            f"model            {config.model.size}, {parameters / 1e6:.2f} M parameters ({trained / 1e6:.2f} M train)",
-            f"work             {gflops:.3g} GFLOP an image (forward and backward, by formula)",
-            f"data             {run.num_samples} images, {run.num_steps} steps of {batch_size} on "
-            f"{processes.world_size} process(es)",
-            f"step             {seconds:.2f} s, {speed:.1f} images/s, {speed * gflops:.0f} GFLOP/s",
-            f"peak memory      {peak_memory(processes.device) / 2**30:.2f} GiB a process "
-            f"({'GPU' if processes.device.type == 'cuda' else 'resident, data included'})",
-            f"projected time   {duration(seconds * run.num_steps)} for the whole run, without evaluation and pictures",
-        )
+    assert trainer.peak_flops is not None
+    ceiling = trainer.peak_flops / 1e9
+    work = forward_work(run.model, mask_ratio=config.mask.ratio)
+    planned = _planned_memory(run)
+    total = seconds * run.num_steps + sum(extra.values())
+    others = ", ".join(f"{name} {duration(spent)}" for name, spent in extra.items())
+    lines = [
+        parameter_table(run.model),
+        "",
+        f"model            {config.model.size}, {_millions(run.model)} ({_millions(run.model, trained=True)} train)",
+        f"work             {gflops:.3g} GFLOP an image by formula, {counted:.3g} by counter (forward and backward; the "
+        "images need no gradient, which the formula overlooks"
+        + ("; the counter sees blocks computed twice)" if config.model.checkpointing else ")"),
+        f"decoder          {work.decoder_per_token:.1%} of the encoder's work per token (paper, Section 3: under 10 % "
+        f"for ViT-L), on {work.decoder_tokens} tokens against {work.encoder_tokens}; "
+        f"{work.decoder_share:.1%} of all work",
+        f"data             {run.num_samples} images, {run.num_steps} steps of {batch_size} on "
+        f"{processes.world_size} process(es)",
+        f"step             {seconds:.3g} s (median of {len(steps)}), {speed:.1f} images/s, "
+        f"{speed * gflops:.3g} GFLOP/s = {speed * gflops / ceiling:.0%} of the measured {ceiling:.0f} (MFU)",
+        f"data wait        {sum(waited) / max(sum(steps), 1e-9):.1%} of the step",
+        f"peak memory      {peak / 2**30:.2f} GiB a process "
+        f"({'GPU' if processes.device.type == 'cuda' else 'resident, data and libraries included'}); by formula "
+        f"{planned.total / 2**30:.2f}: parameters, gradients and moments "
+        f"{(planned.parameters + planned.gradients + planned.moments) / 2**30:.2f}, activations "
+        f"{(planned.activations + planned.copies) / 2**30:.2f}",
+        f"projected time   {duration(total)} for the whole run: steps {duration(seconds * run.num_steps)}"
+        + (f", {others}" if extra else "")
+        + ("" if short or not hooks else "; evaluation and pictures not measured, as a step alone takes this long"),
+    ]
+    return "\n".join(lines)
+
+
+def parameter_table(model: nn.Module) -> str:
+    """fvcore's table of parameters, where fvcore is installed."""
+    try:
+        from fvcore.nn import parameter_count_table
+    except ImportError:
+        return "parameters       no table: fvcore is not installed (pip install fvcore, or the detection extra)"
+    return str(parameter_count_table(model, max_depth=1))
+
+
+def _millions(model: nn.Module, *, trained: bool = False) -> str:
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+    return f"{count / 1e6:.2f} M" + ("" if trained else " parameters")
+
+
+def _counted_gflops(run: PretrainRun) -> float:
+    """torch's own count of one image's forward and backward pass."""
+    height, width = run.config.data.size
+    images = torch.zeros(1, run.config.data.channels, height, width, device=run.processes.device)
+    noise = torch.arange(run.sampler.num_patches, dtype=torch.float32, device=images.device)[None]
+    with FlopCounterMode(display=False) as counter, run.precision.autocast():
+        run.model(images, noise).loss.backward()
+    run.model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / 1e9
+
+
+def _planned_memory(run: PretrainRun) -> Memory:
+    train, world_size = run.config.train, run.processes.world_size
+    return memory(
+        run.model,
+        micro_batch=train.batch_size // (world_size * train.accumulate),
+        num_processes=world_size,
+        sharded=train.distributed == "fsdp2" and world_size > 1,
+        recompute=run.config.model.checkpointing,
+        precision=train.precision,
+        mask_ratio=run.config.mask.ratio,
     )
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch held on a GPU, or that this process had resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+def _timed_hooks(run: PretrainRun, hooks: list[Hook]) -> dict[str, float]:
+    """Seconds that each kind of evaluation takes in the whole run, from doing it once."""
+    spent = {}
+    run.model.eval()
+    with torch.no_grad():
+        for hook in hooks:
+            before = time.perf_counter()
+            hook.run(0)
+            times = -(-run.num_steps // hook.every_steps)
+            name = {"evaluate": "evaluation", "reconstruct": "pictures"}.get(hook.run.__name__, hook.run.__name__)
+            spent[f"{name} ({times} times)"] = (time.perf_counter() - before) * times
+    run.model.train()
+    return spent
+
+
+class _Waits:
+    """How long each batch of a stream was waited for."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def around(self, batches: Callable[[int], Iterator[T]]) -> Callable[[int], Iterator[T]]:
+        def timed(step: int) -> Iterator[T]:
+            stream = batches(step)
+            while True:
+                before = time.perf_counter()
+                batch = next(stream, None)
+                self.seconds.append(time.perf_counter() - before)
+                if batch is None:
+                    return
+                yield batch
+
+        return timed

@@ -1,4 +1,4 @@
-"""The pretraining loss on unseen images, beside what needs no learning."""
+"""The pretraining loss on unseen images, beside what needs no learning; features of images for the linear probe."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mae_transfer.data.draws import Draws, Purpose
-from mae_transfer.data.source import CachedImages, ImageFolder
+from mae_transfer.data.find import open_source
+from mae_transfer.data.source import Source
 from mae_transfer.data.transforms import normalise
+from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.precision import Precision
 from mae_transfer.errors import ConfigError
 from pretrain.baseline import BaselineLosses, baseline_losses
 from pretrain.config import PretrainConfig
-from pretrain.images import MaskedBatch, UnreadableCount, fixed_batch
+from pretrain.images import UnreadableCount, fixed_batch, fixed_images
 from pretrain.load import load_mae
 from pretrain.masking import MaskSampler, build_sampler
 from pretrain.model import MaskedAutoencoder
@@ -29,17 +32,27 @@ def choose_images(num_images: int, *, limit: int, seed: int) -> list[int]:
     return sorted(np.argsort(words, kind="stable")[:limit].tolist())
 
 
-def _batches(
-    source: ImageFolder | CachedImages, indices: Sequence[int], size: tuple[int, int], sampler: MaskSampler, seed: int
-) -> Iterator[MaskedBatch]:
-    for start in range(0, len(indices), 64):
-        yield fixed_batch(source, indices=indices[start : start + 64], size=size, sampler=sampler, seed=seed)
+_BATCH = 64
 
 
-@torch.inference_mode()
+def shares(count: int, processes: Processes) -> Iterator[tuple[range, bool]]:
+    """This process's batches of images 0 to ``count`` − 1, and whether a batch counts.
+
+    Every process gets equally many, as a sharded model's forward pass needs them all: who would have one batch less
+    does the first one once more, for nothing.
+    """
+    size = min(_BATCH, -(-count // processes.world_size))
+    num_batches = -(-count // size)
+    rounds = -(-num_batches // processes.world_size)
+    for batch in range(processes.rank, rounds * processes.world_size, processes.world_size):
+        start = batch * size if batch < num_batches else 0
+        yield range(start, min(start + size, count)), batch < num_batches
+
+
+@torch.no_grad()
 def evaluate_loss(
     model: MaskedAutoencoder,
-    source: ImageFolder | CachedImages,
+    source: Source,
     *,
     indices: Sequence[int],
     sampler: MaskSampler,
@@ -48,26 +61,69 @@ def evaluate_loss(
     precision: Precision,
     seed: int,
     unreadable: UnreadableCount,
+    processes: Processes,
 ) -> float:
     """Mean loss over the images ``indices``, each with a mask that is the same every time.
 
-    Images are not augmented: the largest centred box of the model's aspect ratio, resized.
+    Images are not augmented: the largest centred box of the model's aspect ratio, resized. Processes share the images
+    and all get the result; every one of them must call this.
+
+    Args:
+        model: in evaluation mode.
 
     Raises:
         RunFailed: more unreadable images than ``unreadable`` allows.
     """
-    total = 0.0
-    for batch in _batches(source, indices, model.image_size, sampler, seed):
+    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, images
+    for places, counts in shares(len(indices), processes):
+        batch = fixed_batch(
+            source, indices=[indices[i] for i in places], size=model.image_size, sampler=sampler, seed=seed
+        )
         unreadable.add(batch.unreadable)
         images = normalise(batch.images.to(precision.device), mean, std)
         with precision.autocast():
             loss = model(images, batch.noise.to(precision.device), mask_ratio=sampler.ratio).loss
-        total += loss.item() * len(images)
-    return total / len(indices)
+        if counts:
+            total += torch.tensor([loss.item() * len(images), len(images)], dtype=torch.float64)
+    loss_sum, num_images = processes.sum(total).tolist()
+    return loss_sum / num_images
 
 
-def evaluate_checkpoint(config: PretrainConfig, checkpoint: str, device: torch.device) -> str:
+@torch.no_grad()
+def encode_images(
+    model: MaskedAutoencoder,
+    source: Source,
+    *,
+    indices: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    precision: Precision,
+    seed: int,
+    unreadable: UnreadableCount,
+    processes: Processes,
+) -> Tensor:
+    """The cls token of the unmasked images ``indices`` after the encoder's last norm: (n, D) float32 on the CPU.
+
+    Uncropped and shared among processes as in ``evaluate_loss``; every process gets all of it.
+
+    Raises:
+        RunFailed: more unreadable images than ``unreadable`` allows.
+    """
+    features = torch.zeros(len(indices), model.width)
+    for places, counts in shares(len(indices), processes):
+        pixels, broken = fixed_images(source, indices=[indices[i] for i in places], size=model.image_size, seed=seed)
+        unreadable.add(broken)
+        with precision.autocast():
+            encoded = model.forward_features(normalise(pixels.to(precision.device), mean, std))
+        if counts:
+            features[places.start : places.stop] = encoded[:, 0].float().cpu()
+    return processes.sum(features)  # rows of others are zero here
+
+
+def evaluate_checkpoint(config: PretrainConfig, checkpoint: str, processes: Processes) -> str:
     """What ``tools/pretrain.py --evaluate`` prints: losses of a model and of the trivial predictors on unseen images.
+
+    Processes share the images; each must call this.
 
     Raises:
         ConfigError: no ``data.val_path``. CheckpointError, DataError: as reading them.
@@ -76,22 +132,26 @@ def evaluate_checkpoint(config: PretrainConfig, checkpoint: str, device: torch.d
         raise ConfigError("data.val_path is not set; name the folder of unseen images: data.val_path=FOLDER")
     loaded = load_mae(checkpoint)
     model, info = loaded.model, loaded.info
-    source = ImageFolder(config.data.val_roots, channels=info.channels)
+    data = config.data
+    source = open_source(
+        data.val_roots, channels=info.channels, floats=data.own_statistics, cache=data.scan_cache_folder
+    )
     sampler = build_sampler(config.mask.kind, model.grid, config.mask.ratio)
     indices = choose_images(len(source), limit=config.log.evaluate_images, seed=config.run.seed)
     baselines = evaluate_baselines(
         model, source, indices=indices, sampler=sampler, mean=info.mean, std=info.std, seed=config.run.seed
     )
     loss = evaluate_loss(
-        model.to(device),
+        model.to(processes.device),
         source,
         indices=indices,
         sampler=sampler,
         mean=info.mean,
         std=info.std,
-        precision=Precision(config.train.precision, device),
+        precision=Precision(config.train.precision, processes.device),
         seed=config.run.seed,
         unreadable=UnreadableCount(num_samples=len(source), limit=config.data.max_unreadable),
+        processes=processes,
     )
     target = "pixels normalised patch by patch" if model.norm_pix_loss else "pixels"
     rows = {
@@ -111,7 +171,7 @@ def evaluate_checkpoint(config: PretrainConfig, checkpoint: str, device: torch.d
 @torch.inference_mode()
 def evaluate_baselines(
     model: MaskedAutoencoder,
-    source: ImageFolder | CachedImages,
+    source: Source,
     *,
     indices: Sequence[int],
     sampler: MaskSampler,
@@ -121,7 +181,10 @@ def evaluate_baselines(
 ) -> BaselineLosses:
     """The trivial predictors on the very images and masks of ``evaluate_loss``; the model lends its patches only."""
     totals = np.zeros(len(dataclasses.fields(BaselineLosses)))
-    for batch in _batches(source, indices, model.image_size, sampler, seed):
+    for start in range(0, len(indices), _BATCH):
+        batch = fixed_batch(
+            source, indices=indices[start : start + _BATCH], size=model.image_size, sampler=sampler, seed=seed
+        )
         images = normalise(batch.images, mean, std)
         order = batch.noise.argsort(dim=1, stable=True)
         mask = torch.ones_like(batch.noise).scatter_(1, order[:, : sampler.num_visible], 0.0)

@@ -1,14 +1,26 @@
-"""What a run shows of itself: the loss on unseen images, and pictures of a few of them."""
+"""What a run shows of itself: the loss on unseen images, pictures of a few of them, and a linear probe."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 
-from mae_transfer.data.source import CachedImages, ImageFolder
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from mae_transfer.data.find import open_source
+from mae_transfer.data.source import Source
+from mae_transfer.engine.metrics import require_wandb
+from mae_transfer.engine.parallel import is_sharded
 from mae_transfer.engine.run_folder import RunFolder
 from mae_transfer.engine.trainer import Hook
-from pretrain.evaluate import choose_images, evaluate_loss
+from mae_transfer.errors import ConfigError
+from mae_transfer.probe import fit_probe, top_accuracies
+from pretrain.config import folders
+from pretrain.evaluate import choose_images, encode_images, evaluate_loss
 from pretrain.images import UnreadableCount, fixed_batch, open_images
 from pretrain.objective import PretrainRun
 from pretrain.reconstruct import save_training_reconstructions
@@ -17,18 +29,26 @@ logger = logging.getLogger(__name__)
 
 
 def monitors(run: PretrainRun, folder: RunFolder) -> list[Hook]:
-    """The hooks that a run's config asks for. Pictures are of training images where there are no others."""
-    data, log = run.config.data, run.config.log
+    """The hooks that a run's config asks for. Pictures are of training images where there are no others.
+
+    Raises:
+        ConfigError: W&B is wanted and not installed; labels that a probe cannot use. DataError: images not found.
+    """
+    data, log, probe = run.config.data, run.config.log, run.config.probe
+    if log.wandb is not None:
+        require_wandb()
     unseen = open_images(data, data.val_roots) if data.val_roots else None
     hooks = []
     if unseen is not None and log.evaluate_every_epochs:
         hooks.append(_evaluation(run, unseen))
+    if probe.train_path is not None and probe.every_epochs:
+        hooks.append(_probe(run))
     if log.reconstruct_every_epochs:
         hooks.append(_pictures(run, unseen or run.source, folder))
     return hooks
 
 
-def _evaluation(run: PretrainRun, source: ImageFolder | CachedImages) -> Hook:
+def _evaluation(run: PretrainRun, source: Source) -> Hook:
     log, seed = run.config.log, run.config.run.seed
     chosen = choose_images(len(source), limit=log.evaluate_images, seed=seed)
     unreadable = UnreadableCount(num_samples=len(source), limit=run.config.data.max_unreadable)
@@ -44,6 +64,7 @@ def _evaluation(run: PretrainRun, source: ImageFolder | CachedImages) -> Hook:
             precision=run.precision,
             seed=seed,
             unreadable=unreadable,
+            processes=run.processes,
         )
         logger.info("step %d: loss on %d unseen images %.4f", step, len(chosen), loss)
         return {"val_loss": loss}
@@ -51,8 +72,8 @@ def _evaluation(run: PretrainRun, source: ImageFolder | CachedImages) -> Hook:
     return Hook(every_steps=run.every(log.evaluate_every_epochs), run=evaluate)
 
 
-def _pictures(run: PretrainRun, source: ImageFolder | CachedImages, folder: RunFolder) -> Hook:
-    """The same few images under the same masks every time."""
+def _pictures(run: PretrainRun, source: Source, folder: RunFolder) -> Hook:
+    """The same few images under the same masks every time; every process computes them, one writes them."""
     log, seed = run.config.log, run.config.run.seed
     chosen = choose_images(len(source), limit=log.reconstruct_images, seed=seed)
     batch = fixed_batch(source, indices=chosen, size=run.config.data.size, sampler=run.sampler, seed=seed)
@@ -64,8 +85,82 @@ def _pictures(run: PretrainRun, source: ImageFolder | CachedImages, folder: RunF
             batch.noise.to(run.processes.device),
             mean=run.mean,
             std=run.std,
-            path=folder.reconstructions / f"step-{step:08d}.png",
+            path=folder.reconstructions / f"step-{step:08d}.png" if run.processes.is_main else None,
         )
         return {}
 
     return Hook(every_steps=run.every(log.reconstruct_every_epochs), run=reconstruct)
+
+
+def _probe(run: PretrainRun) -> Hook:
+    """A linear probe of the encoder as it is: fitted anew each time, on features that no gradient flows into.
+
+    It keeps nothing and draws nothing, so a run is the same to the last bit with and without it, resumed or not.
+    """
+    config, data, seed = run.config.probe, run.config.data, run.config.run.seed
+    train, val = (
+        open_source(folders(path), channels=data.channels, floats=data.own_statistics, cache=data.scan_cache_folder)
+        for path in (config.train_path, config.val_path)
+    )
+    labels = probe_labels(train, val)
+    chosen = [choose_images(len(source), limit=config.images, seed=seed) for source in (train, val)]
+    counts = [UnreadableCount(num_samples=len(source), limit=data.max_unreadable) for source in (train, val)]
+    fitted_on, tested_on = (
+        torch.from_numpy(own[indices]).to(run.processes.device) for own, indices in zip(labels, chosen, strict=True)
+    )
+    num_classes = int(max(own.max() for own in labels)) + 1
+    if is_sharded(run.model):
+        register_fsdp_forward_method(run.model, "forward_features")
+
+    def probe(step: int) -> Mapping[str, float]:
+        before = time.perf_counter()
+        features: list[Tensor] = [
+            encode_images(
+                run.model,
+                source,
+                indices=indices,
+                mean=run.mean,
+                std=run.std,
+                precision=run.precision,
+                seed=seed,
+                unreadable=count,
+                processes=run.processes,
+            )
+            for source, indices, count in zip((train, val), chosen, counts, strict=True)
+        ]
+        encoded = time.perf_counter() - before
+        if not run.processes.is_main:
+            return {}
+        own, unseen = (part.to(run.processes.device) for part in features)
+        fitted = fit_probe(own, fitted_on, num_classes=num_classes)
+        top1, top5 = top_accuracies(fitted.logits(unseen), tested_on)
+        seconds = time.perf_counter() - before
+        logger.info(
+            "step %d: linear probe on %d images top-1 %.2f %%, top-5 %.2f %% of %d (%.1f s, of which features %.1f s)",
+            *(step, len(own), top1, top5, len(unseen), seconds, encoded),
+        )
+        return {"probe_top1": top1, "probe_top5": top5, "probe_seconds": seconds}
+
+    return Hook(every_steps=run.every(config.every_epochs), run=probe)
+
+
+def probe_labels(train: Source, val: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (N,) of both, numbered by the classes of ``train``.
+
+    Raises:
+        ConfigError: images without labels, or classes that only ``val`` has.
+    """
+    for key, source in (("train", train), ("val", val)):
+        if source.labels is None:
+            raise ConfigError(
+                f"probe.{key}_path has no labels; the probe needs a folder of images for each class (or shards or "
+                "tables that hold labels)"
+            )
+    assert train.labels is not None and val.labels is not None
+    if train.classes is None or val.classes is None:  # numbers without names: the same numbers mean the same
+        return train.labels, val.labels
+    numbers = {name: number for number, name in enumerate(train.classes)}
+    unknown = [name for name in val.classes if name not in numbers]
+    if unknown:
+        raise ConfigError(f"probe.val_path has classes that probe.train_path lacks: {', '.join(unknown[:5])}")
+    return train.labels, np.array([numbers[name] for name in val.classes], np.int64)[val.labels]

@@ -66,12 +66,23 @@ def caption_of(model: MaskedAutoencoder) -> str:
     return NORM_PIX_CAPTION if model.norm_pix_loss else ""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def save_training_reconstructions(
-    model: MaskedAutoencoder, images: Tensor, noise: Tensor, *, mean: Sequence[float], std: Sequence[float], path: Path
+    model: MaskedAutoencoder,
+    images: Tensor,
+    noise: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: Path | None,
 ) -> None:
-    """A grid of ``images`` (N, C, H, W), normalised, under the masks of ``noise``, written to ``path`` (.png)."""
+    """A grid of ``images`` (N, C, H, W), normalised, under the masks of ``noise``, written to ``path`` (.png).
+
+    With None it is computed and not written: what processes do that help with a sharded model.
+    """
     parts = picture_parts(model, images, model(images, noise), mean=mean, std=std)
+    if path is None:
+        return
     picture = image_grid(grid_rows(parts, [""] * len(images)), columns=COLUMNS, caption=caption_of(model))
     with atomic_path(path) as temporary:
         picture.save(temporary, format="PNG")
