@@ -162,7 +162,7 @@ class PretrainRun:
     def trainer(self, folder: RunFolder) -> Trainer[MaskedBatch]:
         """The loop of this run, at its beginning, without hooks and without a log."""
         config, processes = self.config, self.processes
-        ceiling = measured_gflops(processes.device, config.train.precision) * 1e9
+        ceiling = (config.log.peak_gflops or measured_gflops(processes.device, config.train.precision)) * 1e9
         return Trainer(
             model=self.model,
             module=self.module,

@@ -58,7 +58,13 @@ def pretrain(config: PretrainConfig, processes: Processes) -> str | None:
         if checkpoint is not None:
             _bring_metrics(checkpoint, folder)
         tensorboard = folder.tensorboard if config.log.tensorboard else None
-        trainer.metrics = MetricsLog(folder.metrics, last_step=trainer.step, tensorboard=tensorboard)
+        trainer.metrics = MetricsLog(
+            folder.metrics,
+            last_step=trainer.step,
+            tensorboard=tensorboard,
+            wandb=config.log.wandb,
+            config=to_dict(config.resolved()),
+        )
     try:
         stopped_by = trainer.run()
     finally:
