@@ -139,7 +139,7 @@ def _timed_hooks(run: PretrainRun, hooks: list[Hook]) -> dict[str, float]:
             hook.run(0)
             times = -(-run.num_steps // hook.every_steps)
             name = {"evaluate": "evaluation", "reconstruct": "pictures"}.get(hook.run.__name__, hook.run.__name__)
-            spent[f"{name} ({times} times)"] = (time.perf_counter() - before) * times
+            spent[f"{times} x {name}"] = (time.perf_counter() - before) * times
     run.model.train()
     return spent
 

@@ -58,7 +58,7 @@ def test_report(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert speed == pytest.approx(8 / seconds, rel=0.02) and share == pytest.approx(rate, abs=1)
     assert "measured 100 (MFU)" in text
     assert 0 <= float(re.search(r"data wait +([\d.]+)%", text)[1]) <= 100
-    assert re.search(r"projected time .*steps .*, evaluation \(38 times\) .*, pictures \(50 times\)", text)
+    assert re.search(r"projected time .*steps .*, 38 x evaluation .*, 50 x pictures ", text)
     assert re.search(r"peak memory +[\d.]+ GiB a process .*by formula", text)
 
 

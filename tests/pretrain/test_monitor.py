@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from pretrain.images import UnreadableCount
 from pretrain.load import load_mae
 from pretrain.masking import build_sampler
 from pretrain.monitor import probe_labels
+from tests.engine.test_wandb import Server
 from tests.pictures import picture, write_pictures
 from tests.pretrain.small import ARGUMENTS, timeless
 
@@ -144,6 +146,26 @@ def test_wandb_that_is_not_installed_is_said_before_anything_is_written(
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert run_tool(main, arguments(pictures, tmp_path / "run", "log.wandb=mae")) == 2
     assert "pip install wandb" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    run = tmp_path / "run"
+    command = arguments(pictures, run, "log.wandb=mae", "run.resume=auto")
+    assert run_tool(main, command) == 0
+    newest = max((run / "checkpoints").iterdir())
+    if newest.is_dir():
+        shutil.rmtree(newest)
+    else:
+        newest.unlink()
+    (run / "encoder.safetensors").unlink()
+    assert run_tool(main, command) == 0  # from step 6 on
+    (rows,) = server.rows.values()
+    assert sorted(rows) == list(range(1, 10)) and rows[9]["loss"] > 0 and "images_per_second" in rows[9]
+    assert len(server.calls) == 2 and server.calls[0]["config"]["model"]["width"] == 32
 
 
 @pytest.mark.parametrize("count", [1, 5, 64, 65, 130, 1000])
