@@ -56,6 +56,9 @@ def load_mae(path: str | Path) -> LoadedMAE:
         cross_prediction_ratio=info.cross_prediction_ratio or 0.25,
         cross_fuse_features="wfm.linear.weight" in tensors,
     )
+    if model.wfm is not None:
+        # CrossMAE's own files lack the encoder's last norm: where features are mixed no loss reaches it.
+        tensors = {**model.norm.state_dict(prefix="norm."), **tensors}
     wanted, given = set(model.state_dict()), set(tensors)
     if wanted != given:
         raise CheckpointError(

@@ -242,6 +242,18 @@ def test_metadata_of_a_file_rebuilds_the_model(tmp_path: Path) -> None:
     assert again.pos_embed.requires_grad and again.wfm is not None
 
 
+def test_a_file_of_crossmaes_own_code(tmp_path: Path) -> None:
+    """{"model": …}, no metadata, no last norm of the encoder; heads follow from the width."""
+    torch.manual_seed(0)
+    model = build_mae(size="base", image_size=64, depth=2, decoder_depth=3, decoder="cross").eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("norm.")}
+    torch.save({"model": state, "epoch": 799}, tmp_path / "checkpoint.pth")
+    again = load_mae(tmp_path / "checkpoint.pth").model
+    images, noise = torch.randn(1, 3, 64, 64), torch.rand(1, 16)
+    with torch.no_grad():
+        assert torch.equal(again(images, noise).prediction, model(images, noise).prediction)
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
