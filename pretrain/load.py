@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_transfer.checkpoint import EncoderInfo, read_checkpoint
+from mae_transfer.checkpoint.sharded import is_sharded
 from mae_transfer.engine.checkpoints import latest_checkpoint
 from mae_transfer.errors import CheckpointError
 from mae_transfer.sizes import SIZES
@@ -70,7 +71,7 @@ def load_mae(path: str | Path) -> LoadedMAE:
 
 
 def _model_file(path: Path) -> Path:
-    if not path.is_dir():
+    if not path.is_dir() or is_sharded(path):
         return path
     finished = path / "model.safetensors"
     found = finished if finished.is_file() else latest_checkpoint(path / "checkpoints")

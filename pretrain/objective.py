@@ -53,7 +53,7 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
 
 
 class PretrainRun:
-    """Everything of a run but its folder: data, model, optimiser, schedule.
+    """Everything of a run but its folder and its loop: data, model, schedule.
 
     Raises:
         DataError: no images. ConfigError: no length given, a warm-up longer than the run, a batch that does not
@@ -66,6 +66,7 @@ class PretrainRun:
         batch_size = config.train.batch_size
         self.source = open_images(config.data, config.data.roots)
         self.num_samples = len(self.source)
+        self.epoch_samples = self.num_samples * config.data.repeats  # crops
         self.num_steps = self._num_steps()
         self.sampler = build_sampler(config.mask.kind, config.grid, config.mask.ratio)
         self.dataset = MaskedImages(self.source, data=config.data, sampler=self.sampler, seed=config.run.seed)
@@ -73,7 +74,7 @@ class PretrainRun:
         self.unreadable = UnreadableCount(num_samples=self.num_samples, limit=config.data.max_unreadable)
         self.schedule = warmup_cosine(
             peak=config.optim.peak_lr(batch_size),
-            warmup_steps=round(config.optim.warmup_epochs * self.num_samples / batch_size),
+            warmup_steps=round(config.optim.warmup_epochs * self.epoch_samples / batch_size),
             num_steps=self.num_steps,
             minimum=config.optim.min_lr,
         )
@@ -83,10 +84,6 @@ class PretrainRun:
             torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         self.model = build_model(config).to(processes.device)
         self.sample_flops = training_flops(self.model, mask_ratio=config.mask.ratio)
-        if config.train.compile:
-            compile_blocks(self.model)
-        self.module = parallelise(self.model, processes, strategy=config.train.distributed)
-        self.optimizer = build_adamw(decay_groups(self.model, config.optim.weight_decay), config.optim)
 
     def _num_steps(self) -> int:
         train = self.config.train
@@ -94,7 +91,12 @@ class PretrainRun:
             return train.steps
         if train.epochs is None:
             raise ConfigError("the length of the run is not set; give train.epochs=… or train.steps=…")
-        return num_steps(epochs=train.epochs, num_samples=self.num_samples, batch_size=train.batch_size)
+        return num_steps(
+            epochs=train.epochs,
+            num_samples=self.num_samples,
+            batch_size=train.batch_size,
+            repeats=self.config.data.repeats,
+        )
 
     def step_sampler(self, start_step: int) -> StepSampler:
         return StepSampler(
@@ -106,6 +108,7 @@ class PretrainRun:
             accumulate=self.config.train.accumulate,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            repeats=self.config.data.repeats,
         )
 
     def batches(self, start_step: int) -> Iterator[MaskedBatch]:
@@ -137,7 +140,7 @@ class PretrainRun:
         return model(self.to_device(batch.images), batch.noise).loss
 
     def to_device(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 to normalised float32 where the model is."""
+        """(N, C, H, W) as decoded to normalised float32 where the model is."""
         return normalise(images.to(self.processes.device, non_blocking=True), self.mean, self.std)
 
     def keep_inputs(self, step: int, folder: RunFolder) -> None:
@@ -150,29 +153,36 @@ class PretrainRun:
         content = {
             "images": batch.images,
             "noise": batch.noise,
-            "files": [str(self.source.paths[key.index]) for key in keys],
+            "files": [self.source.name(key.index) for key in keys],
             "model": weights,
         }
         write_torch(folder.nonfinite / f"step-{step:08d}.pt", content)
 
     def every(self, epochs: float) -> int:
         """Steps in ``epochs`` epochs, at least one."""
-        return max(1, round(epochs * self.num_samples / self.config.train.batch_size))
+        return max(1, round(epochs * self.epoch_samples / self.config.train.batch_size))
 
     def trainer(self, folder: RunFolder) -> Trainer[MaskedBatch]:
-        """The loop of this run, at its beginning, without hooks and without a log."""
+        """The loop of this run, at its beginning, without hooks and without a log.
+
+        The model is compiled and spread over the processes here, in place, and the optimiser is built on its parts.
+        """
         config, processes = self.config, self.processes
+        if config.train.compile:
+            compile_blocks(self.model)
+        module = parallelise(self.model, processes, strategy=config.train.distributed)
+        optimizer = build_adamw(decay_groups(self.model, config.optim.weight_decay), config.optim)
         ceiling = (config.log.peak_gflops or measured_gflops(processes.device, config.train.precision)) * 1e9
         return Trainer(
             model=self.model,
-            module=self.module,
-            optimizer=self.optimizer,
+            module=module,
+            optimizer=optimizer,
             schedule=self.schedule,
             loss=self.loss,
             batches=self.batches,
             keep_inputs=self.keep_inputs,
             num_steps=self.num_steps,
-            num_samples=self.num_samples,
+            num_samples=self.epoch_samples,
             train=config.train,
             precision=self.precision,
             checkpoint=config.checkpoint,

@@ -70,6 +70,8 @@ def pretrain(config: PretrainConfig, processes: Processes) -> str | None:
     finally:
         if trainer.metrics is not None:
             trainer.metrics.close()
+    run.unreadable.merge(*processes.gather(sorted(run.unreadable.seen)))
+    logger.info("%s", run.unreadable.summary())
     if stopped_by is None:
         run.write_weights(folder, trainer.average)
     return stopped_by

@@ -8,18 +8,15 @@ JSON.
 from __future__ import annotations
 
 import json
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mae_transfer.checkpoint.files import write_text
 from mae_transfer.errors import CheckpointError
@@ -75,6 +72,9 @@ def read_shards(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     Raises:
         CheckpointError: a shard cannot be read.
     """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader  # here: half a second that few need
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     try:
         entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
         tensors = {
@@ -97,8 +97,13 @@ def fill_from_shards(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -
     Raises:
         CheckpointError: a tensor is missing, of another shape, or unreadable.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
-        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # alone: that is what was meant
+            dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except (CheckpointException, SafetensorError, RuntimeError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read the shards of {folder}: {error}") from error
 

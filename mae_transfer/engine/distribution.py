@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mae_transfer.errors import ConfigError
 
@@ -116,6 +117,19 @@ class Agreement:
         return self._numbers.tolist()
 
 
+def _fresh_store() -> dist.Store:
+    """Where processes find each other, without what those before a restart have left there.
+
+    torchrun of PyTorch 2.14 serves the same store after a restart, and processes would connect to the addresses of
+    dead ones. On one machine the number of restarts tells the attempts apart; on several it differs from machine to
+    machine, and the launch scripts turn the sharing off (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    """
+    store, _, _ = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def _cpu_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)  # every process is a member
@@ -153,10 +167,13 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     if world_size == 1:
         yield Processes(device=chosen)
         return
-    if chosen.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen)
-    else:
-        dist.init_process_group("gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        store=_fresh_store(),
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
     try:
         yield Processes(
             device=chosen,

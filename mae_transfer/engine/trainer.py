@@ -99,6 +99,7 @@ class Trainer(Generic[BatchT]):
         batches: from a step, an endless or long enough iterator of micro-batches, ``accumulate`` a step.
         keep_inputs: called with (step, folder) when a step's loss or gradients were not finite, on every process:
             saves what went in.
+        num_samples: of an epoch.
         seed: with the step, the round and the process it seeds whatever the model itself draws (drop path).
         sample_flops: floating-point operations of one sample's training, for the model FLOP utilisation.
         peak_flops: a second's worth of them at most, of all processes together.
@@ -242,7 +243,11 @@ class Trainer(Generic[BatchT]):
         """What the model draws is a function of (seed, step, round, process): no random state has to be saved."""
         part = round_ * self.processes.world_size + self.processes.rank
         words = Draws(seed=self.seed, purpose=Purpose.STEP, epoch=self.step, index=part).words(1)
-        torch.manual_seed(int(words[0] >> 1))
+        seed, device = int(words[0] >> 1), self.processes.device
+        # Not torch.manual_seed: every call of it is kept in a list for devices that have not been used yet.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(seed)
 
     def _optimizer_step(self, loss: Tensor) -> Tensor:
         """Step unless something is not finite, decided on the device, without waiting for it. Returns the norm."""
@@ -371,7 +376,7 @@ class Trainer(Generic[BatchT]):
         facts = read_checkpoint_facts(path)
         if facts["num_samples"] != self.num_samples:
             raise ConfigError(
-                f"the checkpoint was trained on {facts['num_samples']} images and data.path now has "
+                f"the checkpoint was trained on {facts['num_samples']} images an epoch and data.path now gives "
                 f"{self.num_samples}; restore the data, or start a new run"
             )
         if facts["step"] > self.num_steps:

@@ -143,21 +143,6 @@ def test_sigterm_saves_and_exits_75(pictures: Path, tmp_path: Path) -> None:
     assert checkpoint.stem == f"step-{len(timeless(run / 'metrics.jsonl')):08d}"
 
 
-def test_two_processes_train_as_one(pictures: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    more = ("train.steps=8", "train.accumulate=2")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TOOL[1]]
-    process = start([*launcher, *arguments(pictures, two, *more)])
-    assert run_tool(main, arguments(pictures, one, *more)) == 0
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, errors
-    ours, theirs = timeless(one / "metrics.jsonl"), timeless(two / "metrics.jsonl")
-    assert [record["step"] for record in theirs] == list(range(1, 9))
-    for a, b in zip(ours, theirs, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
-
-
 def test_workers_and_processes_change_no_pixel(pictures: Path, tmp_path: Path) -> None:
     def stream(*overrides: str, processes: Processes) -> list[tuple[torch.Tensor, torch.Tensor]]:
         config = read_config(PretrainConfig, None, [*ARGUMENTS, f"data.path={pictures}", "train.steps=3", *overrides])
