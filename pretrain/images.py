@@ -105,12 +105,14 @@ def read_or_replace(
         RunFailed: nothing but unreadable images.
     """
     index = key.index
-    draws = Draws(seed=seed, purpose=Purpose.REPLACEMENT, epoch=key.epoch, index=key.index)
+    draws: Draws | None = None
     for _ in range(_REPLACEMENT_ATTEMPTS):
         try:
             return use(source.picture(index))
         except DataError as error:
             unreadable[index] = str(error)
+            if draws is None:
+                draws = Draws(seed=seed, purpose=Purpose.REPLACEMENT, epoch=key.epoch, index=key.index)
             index = int(draws.words(1)[0] % np.uint64(len(source)))
     raise RunFailed(f"{_REPLACEMENT_ATTEMPTS} images in a row cannot be read; the last: {unreadable[index]}")
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mae_transfer.data import jpeg
-from mae_transfer.data.limits import UNREADABLE, check_pixels
+from mae_transfer.data.limits import UNREADABLE, check_pixels, reason
 from mae_transfer.errors import ConfigError, DataError, MissingDependencyError, require
 
 MODES = {1: "L", 3: "RGB"}
@@ -138,7 +138,7 @@ def open_array(path: Path, *, channels: int, floats: bool = True) -> Picture:
     try:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     except UNREADABLE as error:
-        raise DataError(f"cannot read image {path}: {error}") from error
+        raise DataError(f"cannot read image {path}: {reason(error)}") from error
     return Pixels(_as_image(pixels, channels, str(path), floats=floats))
 
 
@@ -160,7 +160,7 @@ def _decode(file: Any, *, name: str, channels: int) -> Image.Image:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except UNREADABLE as error:
-        raise DataError(f"cannot read image {name}: {error}") from error
+        raise DataError(f"cannot read image {name}: {reason(error)}") from error
     return to_eight_bits(upright, path=name).convert(MODES[channels])
 
 
@@ -194,7 +194,7 @@ def _read_npy(file: Any, name: str) -> np.ndarray:
     except DataError:
         raise
     except UNREADABLE as error:
-        raise DataError(f"cannot read image {name}: {error}") from error
+        raise DataError(f"cannot read image {name}: {reason(error)}") from error
 
 
 def _read_npz(data: bytes, name: str) -> np.ndarray:
@@ -209,7 +209,7 @@ def _read_npz(data: bytes, name: str) -> np.ndarray:
     except DataError:
         raise
     except UNREADABLE as error:
-        raise DataError(f"cannot read image {name}: {error}") from error
+        raise DataError(f"cannot read image {name}: {reason(error)}") from error
 
 
 def _unpack(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
@@ -230,7 +230,7 @@ def _read_tiff(data: bytes, name: str) -> np.ndarray:
         raise
     except UNREADABLE as error:
         advice = "; pip install imagecodecs" if "imagecodecs" in str(error) else ""
-        raise DataError(f"cannot read image {name}: {error}{advice}") from error
+        raise DataError(f"cannot read image {name}: {reason(error)}{advice}") from error
 
 
 def _picture_from_tiff(data: bytes, channels: int, name: str) -> Image.Image:
@@ -255,7 +255,7 @@ def _read_as_stored(data: bytes, channels: int, name: str) -> np.ndarray:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except UNREADABLE as error:
-        raise DataError(f"cannot read image {name}: {error}") from error
+        raise DataError(f"cannot read image {name}: {reason(error)}") from error
     if len(upright.getbands()) != channels:
         raise DataError(
             f"image {name} has {len(upright.getbands())} channels ({upright.mode}); data.channels={channels} needs "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mae_transfer.data.limits import UNREADABLE, check_pixels
+from mae_transfer.data.limits import UNREADABLE, check_pixels, reason
 from mae_transfer.errors import DataError
 
 try:
@@ -168,5 +168,5 @@ def decode_with_pillow(data: bytes, header: JpegHeader, *, shrink: int, name: st
                 image.draft(None, (header.width // shrink, header.height // shrink))
             pixels = np.asarray(image.convert("RGB" if header.components == 3 else "L"))
     except UNREADABLE as error:
-        raise DataError(f"cannot read image {name}: {error}") from error
+        raise DataError(f"cannot read image {name}: {reason(error)}") from error
     return pixels if pixels.ndim == 3 else pixels[:, :, None]

@@ -6,7 +6,7 @@ import struct
 import zipfile
 import zlib
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mae_transfer.errors import DataError
 
@@ -15,6 +15,13 @@ UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(MemoryError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError),
 )
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, for a message that names the file itself."""
+    if isinstance(error, UnidentifiedImageError):  # it would name a buffer in memory
+        return "no kind of image that Pillow knows"
+    return str(error) or type(error).__name__
 
 
 def check_pixels(height: int, width: int, *, name: str) -> None:

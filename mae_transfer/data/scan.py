@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,5 +204,6 @@ def keep_arrays(cache: Path, kind: str, key: str, arrays: Mapping[str, np.ndarra
             np.savez(file, format=np.array([_FORMAT]), key=np.frombuffer(os.fsencode(key), np.uint8), **arrays)  # type: ignore[arg-type]
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         logger.info("the list of files is not kept: %s", error)

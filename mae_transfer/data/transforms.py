@@ -106,7 +106,8 @@ def _crop_and_resize(pixels: np.ndarray, crop: Crop, size: tuple[int, int]) -> T
     """(H, W, C)."""
     # A copy, as the resizing has its fast path for pixels without gaps between rows.
     box = np.array(pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width])
-    images = torch.from_numpy(box).permute(2, 0, 1)[None]
+    # Strides as those of a batch of one with channels last: with others torch unpacks the colours and packs them again.
+    images = torch.from_numpy(box).unsqueeze(0).permute(0, 3, 1, 2)
     resized = _resize(images, size)
     return (resized.flip(3) if crop.flip else resized)[0].permute(1, 2, 0)
 
@@ -171,9 +172,16 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     Both are of values in 0..1 where pixels are integers, and of the values as they are where they are float.
     """
     scale = whole_range(images.dtype)
-    offset = torch.tensor(mean, device=images.device).view(-1, 1, 1) * scale
-    factor = 1 / (torch.tensor(std, device=images.device).view(-1, 1, 1) * scale)
-    return (images.float() - offset) * factor
+    offset = torch.tensor(mean, device=images.device) * scale
+    factor = 1 / (torch.tensor(std, device=images.device) * scale)
+    values = images.permute(0, 2, 3, 1)  # (N, H, W, C)
+    if not values.is_contiguous():
+        return (images.float() - offset.view(-1, 1, 1)) * factor.view(-1, 1, 1)
+    # As batches come: rows of W * C numbers, which are three times as fast as W times C of them.
+    _, _, width, channels = values.shape
+    rows = values.flatten(2).to(torch.float32, copy=True)
+    rows.sub_(offset.repeat(width)).mul_(factor.repeat(width))
+    return rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
 
 
 def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -13,7 +13,7 @@ def test_a_draw_depends_on_its_address_alone() -> None:
     np.testing.assert_array_equal(Draws(**address).words(5), alone)
 
 
-@pytest.mark.parametrize("changed", [{"seed": 4}, {"purpose": Purpose.MASK}, {"epoch": 8}, {"index": 12}])
+@pytest.mark.parametrize("changed", [{"seed": 4}, {"purpose": Purpose.MASK}, {"epoch": 8}, {"index": 12}, {"view": 1}])
 def test_every_part_of_the_address_counts(changed: dict[str, int]) -> None:
     address = {"seed": 3, "purpose": Purpose.CROP, "epoch": 7, "index": 11}
     assert not np.isin(Draws(**{**address, **changed}).words(50), Draws(**address).words(50)).any()
@@ -23,6 +23,8 @@ def test_the_stream_is_philox_as_numpy_defines_it() -> None:
     counter = 11 * 2**128 + 7 * 2**192
     expected = np.random.Philox(key=3 + 2 * 2**64, counter=counter).random_raw(4)
     np.testing.assert_array_equal(Draws(seed=3, purpose=Purpose.CROP, epoch=7, index=11).words(4), expected)
+    second = np.random.Philox(key=3 + 2 * 2**64, counter=counter + 2**64).random_raw(4)
+    np.testing.assert_array_equal(Draws(seed=3, purpose=Purpose.CROP, epoch=7, index=11, view=1).words(4), second)
 
 
 def test_uniform_values_are_uniform_across_addresses() -> None:

@@ -53,7 +53,51 @@ def test_seeds_differ() -> None:
 
 
 def test_a_batch_that_does_not_divide() -> None:
-    with pytest.raises(ConfigError, match="use a multiple of 6"):
+    with pytest.raises(ConfigError, match="use a multiple of 6: 6 or 12"):
         sampler(world_size=3, accumulate=2)
+    with pytest.raises(ConfigError, match=r"data\.repeats=3; use a multiple of 6: 6 or 12"):
+        sampler(world_size=2, repeats=3)
+    with pytest.raises(ConfigError, match="use a multiple of 16: 16"):
+        sampler(repeats=16)
     with pytest.raises(ConfigError, match="no samples"):
         sampler(num_samples=0)
+
+
+@given(
+    num_samples=st.integers(1, 20),
+    images=st.integers(1, 6),
+    repeats=st.integers(1, 4),
+    world_size=st.integers(1, 2),
+    accumulate=st.integers(1, 2),
+)
+def test_views_of_an_image_come_together_in_one_micro_batch(
+    num_samples: int, images: int, repeats: int, world_size: int, accumulate: int
+) -> None:
+    options = {
+        "num_samples": num_samples, "batch_size": images * repeats * world_size * accumulate, "seed": 1,
+        "stop_step": 4, "accumulate": accumulate, "repeats": repeats, "world_size": world_size,
+    }
+    shares = [list(StepSampler(**options, rank=rank)) for rank in range(world_size)]
+    for step in range(4):
+        rounds = [
+            shares[rank][step * accumulate + round_] for round_ in range(accumulate) for rank in range(world_size)
+        ]
+        for keys in rounds:
+            assert [key.view for key in keys] == list(range(repeats)) * images
+            assert all(
+                len({(key.epoch, key.index) for key in keys[i : i + repeats]}) == 1
+                for i in range(0, len(keys), repeats)
+            )
+        together = [key for keys in rounds for key in keys]
+        assert together == StepSampler(**options).global_batch(step)
+        # The images are those of a run that shows each once, in batches of so many times fewer.
+        once = StepSampler(num_samples=num_samples, batch_size=len(together) // repeats, seed=1, stop_step=4)
+        assert [(key.epoch, key.index) for key in together[::repeats]] == [
+            (key.epoch, key.index) for key in once.global_batch(step)
+        ]
+
+
+def test_an_epoch_decodes_every_image_once() -> None:
+    assert num_steps(epochs=3, num_samples=10, batch_size=8, repeats=2) == num_steps(
+        epochs=3, num_samples=10, batch_size=4
+    )
