@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,9 +27,10 @@ from pretrain.load import load_mae
 from pretrain.objective import build_model
 from pretrain.reconstruct import main as reconstruct
 from tests.pictures import write_pictures
-from tests.pretrain.small import ARGUMENTS
+from tests.pretrain.small import ARGUMENTS, timeless
 
-TINY = str(Path(__file__).parents[2] / "configs" / "pretrain" / "tiny.yaml")
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "pretrain" / "tiny.yaml")
 SMALL = {
     "size": "tiny",
     "image_size": (32, 48),
@@ -231,6 +235,29 @@ def test_a_run_of_a_variant(variant: tuple[str, ...], tmp_path: Path, capsys: py
     convert(folder / "model.safetensors", tmp_path / "official.pth", "mae")
     back = load_mae(tmp_path / "official.pth").model.state_dict()
     assert all(torch.equal(value, back[name]) for name, value in loaded.model.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_a_variant_as_one_does(strategy: str, tmp_path: Path) -> None:
+    """Frozen and trained tables, blocks of another kind and small modules beside them, whole and in shards."""
+    pictures = write_pictures(tmp_path / "pictures", 12)
+    more = ("model.decoder=cross", "model.positions=learned", f"data.val_path={pictures}", "optim.clip_grad=1")
+    assert run(pictures, tmp_path / "one", *more) == 0
+    command = [TINY, f"data.path={pictures}", f"run.dir={tmp_path / 'two'}", *ARGUMENTS, "train.steps=4", *more]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        + [str(ROOT / "tools" / "pretrain.py"), *command, f"train.distributed={strategy}"],
+        check=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    one, two = (timeless(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for expected, line in zip(one, two, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
+    states = [load_mae(tmp_path / name).model.state_dict() for name in ("one", "two")]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_metadata_of_a_file_rebuilds_the_model(tmp_path: Path) -> None:
