@@ -17,14 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from mae_transfer.errors import ConfigError
 from mae_transfer.position import Grid, resize_bias_table, resize_decomposed
+from mae_transfer.recompute import applies, norm_linear
 
 RELATIVE_KINDS = (None, "decomposed", "bias")
 
 # On CPUs the fused call is slow for short sequences, and in bf16 its backward is slow up to longer ones: batched matrix
 # products win up to about these lengths (forward + backward, one core of an AVX512-bf16 machine: 5 times at 17 to 65
-# tokens in bf16, 2.7 times at 197, 1.7 times at 1024; in fp32 1.1 times at 65, and slower from 512 on).
-_CPU_MATMUL_TOKENS_HALF = 1024
-_CPU_MATMUL_TOKENS_FLOAT = 128
+# tokens in bf16, 2.7 times at 197, equal at 1024; in fp32 1.1 times at 65, half as fast at 512).
+_CPU_MATMUL_TOKENS_HALF = 512
+_CPU_MATMUL_TOKENS_FLOAT = 96
 # As many images at a time as keep their scores within this: between the product, the softmax and the next product they
 # then stay in the processor's cache.
 _CPU_SCORE_BYTES = 2 << 20
@@ -62,8 +63,8 @@ class SelfAttendOnCPU(torch.autograd.Function):
     """softmax(q·kᵀ/√d)·v of one packed tensor, (N, T, 3D) -> (N, T, D): ``attend`` for a CPU in training.
 
     The same products as by autograd, a few images at a time, reading heads from the packed tensor and writing their
-    gradients into one: no copies of q, k, v are kept, none of their gradients put together, and the scores are scaled
-    inside the product. Kept for the backward pass: the packed tensor, and the attention (N, M, T, T).
+    gradients into one; the scores are scaled inside the product. The packed tensor alone is kept: no copies of q, k
+    and v, and no (N, M, T, T), which the backward pass computes again.
     """
 
     @staticmethod
@@ -71,37 +72,32 @@ class SelfAttendOnCPU(torch.autograd.Function):
         n, t, packed = qkv.shape
         m, d = num_heads, packed // 3 // num_heads
         out = qkv.new_empty(n, t, m, d)
-        keep = ctx.needs_input_grad[0]
-        step = max(1, _CPU_SCORE_BYTES // (m * t * t * qkv.element_size()))  # images at a time
-        probabilities = qkv.new_empty(n if keep else min(step, n), m, t, t)
         heads = qkv.view(n, t, 3, m, d).permute(2, 0, 3, 1, 4)  # (3, N, M, T, d)
+        step = _images_at_a_time(qkv, m)
         for start in range(0, n, step):
             stop = min(start + step, n)
             q, k, v = heads[:, start:stop].contiguous().view(3, -1, t, d)  # each (n·M, T, d)
-            place = probabilities[start:stop] if keep else probabilities[: stop - start]
-            place = place.view(-1, t, t)
-            torch.softmax(_scaled_product(q, k.transpose(1, 2), d**-0.5), dim=-1, out=place)
-            out[start:stop] = torch.bmm(place, v).view(-1, m, t, d).transpose(1, 2)
-        if keep:
-            ctx.save_for_backward(qkv, probabilities)
-            ctx.num_heads, ctx.step = num_heads, step
+            out[start:stop] = torch.bmm(_probabilities(q, k), v).view(-1, m, t, d).transpose(1, 2)
+        ctx.save_for_backward(qkv)
+        ctx.num_heads = num_heads
         return out.view(n, t, m * d)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        qkv, probabilities = ctx.saved_tensors
+        (qkv,) = ctx.saved_tensors
         n, t, packed = qkv.shape
         m, d = ctx.num_heads, packed // 3 // ctx.num_heads
         grad_qkv = torch.empty_like(qkv)
         heads = qkv.view(n, t, 3, m, d).permute(2, 0, 3, 1, 4)  # (3, N, M, T, d)
         grad_heads = grad_qkv.view(n, t, 3, m, d).permute(2, 0, 3, 1, 4)
         grad = grad.reshape(n, t, m, d).transpose(1, 2)  # (N, M, T, d)
-        for start in range(0, n, ctx.step):
-            stop = min(start + ctx.step, n)
+        step = _images_at_a_time(qkv, m)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
             q, k, v = heads[:, start:stop].contiguous().view(3, -1, t, d)
             g = grad[start:stop].contiguous().view(-1, t, d)
-            p = probabilities[start:stop].view(-1, t, t)
+            p = _probabilities(q, k)
             grad_q, grad_k, grad_v = pieces = qkv.new_empty(3, *q.shape)
             torch.bmm(p.transpose(1, 2), g, out=grad_v)
             grad_scores = torch.bmm(g, v.transpose(1, 2))
@@ -110,6 +106,16 @@ class SelfAttendOnCPU(torch.autograd.Function):
             _scaled_product(grad_scores.transpose(1, 2), q, d**-0.5, out=grad_k)
             grad_heads[:, start:stop] = pieces.view(3, -1, m, t, d)
         return grad_qkv, None
+
+
+def _images_at_a_time(qkv: Tensor, num_heads: int) -> int:
+    return max(1, _CPU_SCORE_BYTES // (num_heads * qkv.shape[1] ** 2 * qkv.element_size()))
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d) of (B, T, d): (B, T, T)."""
+    scores = _scaled_product(q, k.transpose(1, 2), q.shape[-1] ** -0.5)
+    return torch.softmax(scores, dim=-1, out=scores)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
@@ -169,15 +175,21 @@ class Attention(nn.Module):
             num_rows = (2 * h - 1) * (2 * w - 1) + (3 if cls_token else 0)
             self.relative_position_bias_table = nn.Parameter(torch.zeros(num_rows, num_heads))
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        """(N, T, D) -> (N, T, D); ``grid`` (h, w) is needed only with relative position."""
-        out = self.attend_tokens(self.qkv(x), grid)
-        return self.proj(out)
+    def forward(self, x: Tensor, grid: Grid | None = None, norm: nn.Module | None = None) -> Tensor:
+        """(N, T, D) -> (N, T, D); ``grid`` (h, w) is needed only with relative position.
+
+        With ``norm``, attention of norm(x): the layer before, which on a CPU is computed again rather than kept.
+        """
+        return self.proj(self.attend_tokens(self.project(x, norm), grid))
+
+    def project(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """Queries, keys and values of x, or of norm(x): (N, T, D) -> (N, T, 3D)."""
+        return self.qkv(x) if norm is None else norm_linear(x, norm, self.qkv)
 
     def attend_tokens(self, qkv: Tensor, grid: Grid | None) -> Tensor:
         """Attention from projected tokens: (N, T, 3D) -> (N, T, D), before the output projection."""
         n, t, _ = qkv.shape
-        if self.relative is None and suits_matmul(qkv) and not torch.compiler.is_compiling():
+        if self.relative is None and applies(qkv) and suits_matmul(qkv):
             return SelfAttendOnCPU.apply(qkv.contiguous(), self.num_heads)
         q, k, v = qkv.reshape(n, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (N, M, T, d)
         if self.relative is None:
@@ -220,12 +232,12 @@ class WindowAttention(Attention):
         super().__init__(width, num_heads, qkv_bias=qkv_bias, relative=relative, table_grid=(window_size, window_size))
         self.window_size = window_size
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, norm: nn.Module | None = None) -> Tensor:
         """(N, h·w, D) -> (N, h·w, D)."""
         assert grid is not None
         (h, w), s = grid, self.window_size
         n, _, width = x.shape
-        qkv = self.qkv(x).reshape(n, h, w, 3 * width)
+        qkv = self.project(x, norm).reshape(n, h, w, 3 * width)
         pad_h, pad_w = -h % s, -w % s
         if pad_h or pad_w:
             qkv = self._pad(qkv, pad_h, pad_w)

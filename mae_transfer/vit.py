@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from mae_transfer.attention import Attention, WindowAttention
 from mae_transfer.errors import ConfigError
 from mae_transfer.position import Grid, grid_of, resize_pos_embed, sincos_2d, to_pair
+from mae_transfer.recompute import gelu_linear, norm_linear
 from mae_transfer.sizes import get_size
 
 
@@ -61,8 +62,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(N, T, D) -> (N, T, D) of x, or of norm(x) where the layer before is given (see ``recompute``)."""
+        hidden = self.fc1(x) if norm is None else norm_linear(x, norm, self.fc1)  # (N, T, ratio·D)
+        return gelu_linear(hidden, self.fc2)
 
 
 class LayerScale(nn.Module):
@@ -129,8 +132,8 @@ class Block(nn.Module):
 
     def compute(self, x: Tensor, grid: Grid | None) -> Tensor:
         """(N, T, D) -> (N, T, D)."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), grid)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path(self.ls1(self.attn(x, grid, norm=self.norm1)))
+        return x + self.drop_path(self.ls2(self.mlp(x, norm=self.norm2)))
 
 
 class VisionTransformer(nn.Module):
