@@ -17,7 +17,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mae_transfer.data.draws import Draws, Purpose
-from mae_transfer.engine.checkpoints import CheckpointConfig, CheckpointWriter, read_checkpoint_facts, restore
+from mae_transfer.engine.checkpoints import (
+    CheckpointConfig,
+    CheckpointWriter,
+    latest_checkpoint,
+    read_checkpoint_facts,
+    restore,
+)
 from mae_transfer.engine.distribution import Agreement, Processes
 from mae_transfer.engine.ema import WeightAverage
 from mae_transfer.engine.hardware import memory_in_use
@@ -289,7 +295,7 @@ class Trainer(Generic[BatchT]):
         seconds = max(time.perf_counter() - self._timer, 1e-9)
         common = self._rates(len(rows), seconds)
         pending, self._pending = self._pending, []
-        bad = []
+        bad, records = [], []
         for (step, rate, _), (loss, norm) in zip(pending, rows, strict=True):
             # fp16's loss scale makes gradients overflow as a matter of course; there only the loss itself counts.
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.precision.scaler.is_enabled()):
@@ -305,10 +311,8 @@ class Trainer(Generic[BatchT]):
             }
             if step == self.step:
                 record.update(extra)
-            if self.metrics is not None:
-                self.metrics.write(record)
-        if self.metrics is not None:
-            self.metrics.flush()
+            records.append(record)
+        self._write(records)
         if self.progress is not None:
             self.progress.update(
                 self.step,
@@ -322,6 +326,19 @@ class Trainer(Generic[BatchT]):
             )
         self._handle_nonfinite(bad)
         self._restart_timer()
+
+    def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        if self.metrics is None:
+            return
+        try:
+            for record in records:
+                self.metrics.write(record)
+            self.metrics.flush()
+        except OSError as error:
+            newest = latest_checkpoint(self.folder.checkpoints)
+            raise RunFailed(
+                f"cannot write {self.folder.metrics}: {error}; the last whole checkpoint is {newest}"
+            ) from error
 
     def _rates(self, steps: int, seconds: float) -> dict[str, float]:
         """What the last ``steps`` steps cost, as it stands in their lines of metrics."""

@@ -185,3 +185,30 @@ def test_a_signal_to_one_process_stops_both(pictures: Path, tmp_path: Path) -> N
     (state,) = all_checkpoints(run / "checkpoints")
     assert state.name == f"step-{len(timeless(run / 'metrics.jsonl')):08d}"
     assert json.loads((state / "manifest.json").read_text())["facts"]["step"] == len(timeless(run / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_is_said_and_the_last_good_state_is_whole(pictures: Path, tmp_path: Path, processes: int) -> None:
+    resource = pytest.importorskip("resource")
+    run = tmp_path / "run"
+    command = arguments(pictures, run, "train.steps=100000", "log.reconstruct_every_epochs=0", "log.every_steps=3")
+    if processes == 1:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tools" / "pretrain.py"), *command], stderr=subprocess.PIPE, text=True
+        )
+        workers = [process.pid]
+    else:
+        process = launch(command)
+    wait_for(lambda: all_checkpoints(run / "checkpoints"), process)
+    if processes == 2:
+        workers = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
+    for worker in workers:  # from now on no file may grow beyond 20 kB: as a full disk
+        resource.prlimit(worker, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1, errors
+    assert "cannot write" in errors and "Traceback" not in errors.split("torch.distributed.elastic")[0], errors
+    assert ("the disk may be full" if processes == 1 else "File too large") in errors
+    newest = all_checkpoints(run / "checkpoints")[-1]
+    assert latest_good_checkpoint(run / "checkpoints") == newest
+    if processes == 2:
+        assert f"the last whole one is {newest}" in errors
