@@ -3,142 +3,164 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 
+from mae_transfer.benchmark.measure import Contestant, Spread, Timing, environment, race, ratios, table, write_json
 from mae_transfer.data.find import open_source
 from mae_transfer.data.sampler import StepSampler
-from mae_transfer.data.source import Source, scan_folders
+from mae_transfer.data.source import scan_folders
 from mae_transfer.data.transforms import normalise
+from mae_transfer.errors import ConfigError
 from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
-from pretrain.images import MaskedBatch, MaskedImages
-from pretrain.masking import MaskSampler, build_sampler
+from pretrain.images import MaskedImages
+from pretrain.masking import build_sampler
 
 _SCALE = (0.2, 1.0)  # paper, Table 8
+_PATCHES = (14, 14)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``tools/benchmark.py loader`` accepts."""
     parser.add_argument("--data", type=Path, help="folder of image files (default: 500x375 JPEGs made for the purpose)")
-    parser.add_argument("--size", type=int, default=224, help="side of the crops in pixels (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="images a batch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each contestant, taking turns (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=256, help="images a round (default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=int, default=0, help="also measure a DataLoader of so many processes (default: none)"
-    )
+    parser.add_argument("--image-size", type=int, default=224, help="side of the crops (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a batch (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, nargs="+", default=[1, 2], help="crops of each decoded image (1 2)")
+    parser.add_argument("--rounds", type=int, default=7, help="of each contestant, taking turns (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=4, help="a round (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="measure a DataLoader of so many processes as well")
+    parser.add_argument("--json", metavar="FILE", help="write every number there too")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print."""
-    torch.set_num_threads(1)  # as in a worker
+    """Raises ConfigError for counts below 1. DataError: no images in ``--data``."""
+    counts = (arguments.image_size, arguments.batch_size, arguments.rounds, arguments.batches, *arguments.repeats)
+    if min(counts) < 1:
+        raise ConfigError("--image-size, --batch-size, --rounds, --batches and --repeats must be at least 1")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.data or write_photos(Path(temporary), count=64)
+        folder = arguments.data or write_photos(Path(temporary), number=64)
         paths = scan_folders([folder])
         size = sum(path.stat().st_size for path in paths) / len(paths)
-        print(
-            f"{len(paths)} files, {size / 1000:.0f} kB on average; crops of {arguments.size} px, one core, one thread"
+        setting = Setting(
+            folder=folder,
+            image_size=arguments.image_size,
+            batch_size=arguments.batch_size,
+            batches=arguments.batches,
         )
-        for repeats in (1, 2):
-            _compare(arguments, folder, paths, repeats)
+        facts = environment(threads=1)
+        print(f"{facts['processor']}, torch {facts['torch']}, {facts['date']}")
+        print(f"{len(paths)} files of {size / 1000:.0f} kB on average, crops of {arguments.image_size} px, one core")
+        results: dict[str, Any] = {"environment": facts, "files": len(paths), "mean_bytes": size}
+        for repeats in arguments.repeats:
+            contestants = [Pillow(setting), *(Ours(setting, repeats=repeats, normalised=n) for n in (False, True))]
+            timings = race(contestants, rounds=arguments.rounds, threads=1)
+            print(f"\n{repeats} crop{'s' if repeats > 1 else ''} of each decoded image")
+            results[f"repeats={repeats}"] = _report(timings, setting)
         if arguments.workers:
-            _compare_loaders(arguments, folder, paths)
+            print(f"\na DataLoader of {arguments.workers} processes, from its start to its end")
+            results[f"workers={arguments.workers}"] = _report(_loaders(setting, arguments), setting)
+        write_json(arguments.json, results)
     return 0
 
 
-def _compare(arguments: argparse.Namespace, folder: Path, paths: Sequence[Path], repeats: int) -> None:
-    batch, rounds = arguments.batch, max(1, arguments.images // arguments.batch)
-    pillow = PillowPipeline(paths, size=arguments.size)
-    ours = MaskedImages(
-        open_source([folder]),
-        data=DataConfig(path=str(folder), image_size=arguments.size, repeats=repeats),
-        sampler=_sampler(arguments.size),
-        seed=0,
+def _report(timings: Sequence[Timing], setting: Setting) -> dict[str, Any]:
+    """Print a table; the first contestant is what the others are held against."""
+    rows, figures = [], {}
+    for timing in timings:
+        speed = Spread.of([setting.images / seconds for seconds in timing.seconds])
+        gain = ratios(timings[0].seconds, timing.seconds)
+        rows.append([timing.name, speed.show(0), gain.show()])
+        figures[timing.name] = {"images_per_second": vars(speed), "ratio": vars(gain)}
+    print(table(["", "crops/s", "ratio"], rows))
+    return figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every contestant does in a turn: ``batches`` batches of ``batch_size`` crops of the files of ``folder``."""
+
+    folder: Path
+    image_size: int
+    batch_size: int
+    batches: int
+
+    @property
+    def images(self) -> int:
+        return self.batch_size * self.batches
+
+
+class Pillow(Contestant):
+    """What the original's and most other training scripts do in a worker, to the letter."""
+
+    name = "torchvision/Pillow"
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def set_up(self) -> None:
+        self.dataset = PillowImages(scan_folders([self.setting.folder]), size=self.setting.image_size)
+        self.next = count()
+
+    def turn(self) -> None:
+        for _ in range(self.setting.batches):
+            images = [self.dataset[next(self.next) % len(self.dataset)] for _ in range(self.setting.batch_size)]
+            default_collate([(image, 0) for image in images])
+
+
+class Ours(Contestant):
+    """What ours does in a worker: uint8 batches, with the noise of the masks.
+
+    Args:
+        normalised: float32 with mean and deviation taken out, too, which otherwise the device does.
+    """
+
+    def __init__(self, setting: Setting, *, repeats: int, normalised: bool) -> None:
+        self.name = "ours, normalised as well" if normalised else "ours (uint8; the device normalises)"
+        self.setting = setting
+        self.repeats = repeats
+        self.normalised = normalised
+
+    def set_up(self) -> None:
+        self.dataset, sampler = our_images(self.setting, steps=10_000, repeats=self.repeats)
+        self.keys = iter(sampler)
+
+    def turn(self) -> None:
+        for _ in range(self.setting.batches):
+            batch = self.dataset.__getitems__(next(self.keys))
+            if self.normalised:
+                normalise(batch.images, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def our_images(setting: Setting, *, steps: int, repeats: int = 1) -> tuple[MaskedImages, StepSampler]:
+    """The training data of ``steps`` steps, and what comes when."""
+    data = DataConfig(path=str(setting.folder), image_size=setting.image_size, repeats=repeats)
+    source = open_source([setting.folder])
+    images = MaskedImages(source, data=data, sampler=build_sampler("random", _PATCHES, 0.75), seed=0)
+    sampler = StepSampler(
+        num_samples=len(source), batch_size=setting.batch_size, seed=0, stop_step=steps, repeats=repeats
     )
-    keys = list(_steps(len(paths), batch, rounds * arguments.rounds + 1, repeats))
-    count = 0
-
-    def pillow_round() -> None:
-        for start in range(rounds):
-            default_collate([pillow[(start * batch + i) % len(pillow)] for i in range(batch)])
-
-    def our_round(finish: Callable[[MaskedBatch], object]) -> None:
-        nonlocal count
-        for _ in range(rounds):
-            finish(ours.__getitems__(keys[count % len(keys)]))
-            count += 1
-
-    def normalised(made: MaskedBatch) -> Tensor:
-        return normalise(made.images, IMAGENET_MEAN, IMAGENET_STD)
-
-    contestants = {
-        "torchvision/Pillow": pillow_round,
-        "ours (uint8, normalised on the device)": lambda: our_round(lambda made: made),
-        "ours, normalised here": lambda: our_round(normalised),
-    }
-    print(f"{repeats} crop{'s' if repeats > 1 else ''} of each decoded image, crops a second:")
-    _print_table(take_turns(contestants, rounds=arguments.rounds), images=rounds * batch)
+    return images, sampler
 
 
-def _compare_loaders(arguments: argparse.Namespace, folder: Path, paths: Sequence[Path]) -> None:
-    batch, rounds = arguments.batch, max(1, arguments.images // arguments.batch)
-    source = open_source([folder])
-
-    def theirs() -> None:
-        dataset = PillowPipeline([paths[i % len(paths)] for i in range(rounds * batch)], size=arguments.size)
-        for _ in DataLoader(dataset, batch, shuffle=True, num_workers=arguments.workers):
-            pass
-
-    def ours() -> None:
-        for _ in our_loader(source, size=arguments.size, batch=batch, steps=rounds, workers=arguments.workers):
-            pass
-
-    print(f"a DataLoader of {arguments.workers} processes from start to end, crops a second:")
-    contestants = {"torchvision/Pillow": theirs, "ours (uint8, normalised on the device)": ours}
-    _print_table(take_turns(contestants, rounds=arguments.rounds), images=rounds * batch)
-
-
-def our_loader(source: Source, *, size: int, batch: int, steps: int, workers: int) -> DataLoader[MaskedBatch]:
-    """The training loader of ``steps`` batches."""
-    dataset = MaskedImages(source, data=DataConfig(path=".", image_size=size), sampler=_sampler(size), seed=0)
-    sampler = StepSampler(num_samples=len(source), batch_size=batch, seed=0, stop_step=steps)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, num_workers=workers)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _sampler(size: int) -> MaskSampler:
-    patches = max(1, size // 16)
-    return build_sampler("random", (patches, patches), 0.75)
-
-
-def _steps(num_samples: int, batch: int, steps: int, repeats: int) -> StepSampler:
-    return StepSampler(num_samples=num_samples, batch_size=batch, seed=0, stop_step=steps, repeats=repeats)
-
-
-class PillowPipeline(Dataset[Tensor]):
-    """What the original's and most other training scripts do for each image, to the letter."""
+class PillowImages(Dataset[Tensor]):
+    """The transforms of the paper's code."""
 
     def __init__(self, paths: Sequence[Path], *, size: int) -> None:
         self.paths = paths
         self.transform = transforms.Compose(
             [
-                transforms.RandomResizedCrop(
-                    size, scale=_SCALE, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True
-                ),
+                transforms.RandomResizedCrop(size, scale=_SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
                 transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
@@ -153,40 +175,45 @@ class PillowPipeline(Dataset[Tensor]):
             return self.transform(Image.open(file).convert("RGB"))
 
 
-def take_turns(contestants: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, the contestants called one after the other in every round, after a round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_ in range(rounds + 1):
-        for name, call in contestants.items():
+def _loaders(setting: Setting, arguments: argparse.Namespace) -> list[Timing]:
+    """Both as training uses them, worker processes, hand-over and all. Here, as no contestant may have children."""
+    paths = scan_folders([setting.folder])
+    dataset = PillowImages([paths[i % len(paths)] for i in range(setting.images)], size=setting.image_size)
+    ours, sampler = our_images(setting, steps=setting.batches)
+    loaders: dict[str, Callable[[], DataLoader[Any]]] = {
+        Pillow.name: lambda: DataLoader(dataset, setting.batch_size, shuffle=True, num_workers=arguments.workers),
+        "ours (uint8; the device normalises)": lambda: DataLoader(
+            ours, batch_sampler=sampler, collate_fn=_as_is, num_workers=arguments.workers
+        ),
+    }
+    timings = [Timing(name, 0.0) for name in loaders]
+    for round_ in range(arguments.rounds + 1):
+        for timing, make in zip(timings, loaders.values(), strict=True):
             before = time.perf_counter()
-            call()
+            for _ in make():
+                pass
             if round_:
-                seconds[name].append(time.perf_counter() - before)
-    return seconds
+                timing.seconds.append(time.perf_counter() - before)
+    return timings
 
 
-def _print_table(seconds: dict[str, list[float]], *, images: int) -> None:
-    first = next(iter(seconds.values()))
-    for name, values in seconds.items():
-        ratios = [theirs / own for theirs, own in zip(first, values, strict=True)]
-        speed = images / statistics.median(values)
-        ratio = f"{statistics.median(ratios):.2f} x [{min(ratios):.2f}–{max(ratios):.2f}]"
-        print(f"  {name:40s} {speed:7.0f}   {ratio}")
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
-def write_photos(folder: Path, *, count: int, size: tuple[int, int] = (375, 500), quality: int = 90) -> Path:
+def write_photos(folder: Path, *, number: int, size: tuple[int, int] = (375, 500), quality: int = 92) -> Path:
     """JPEG files whose statistics are those of photos; returns ``folder``.
 
-    Amplitudes fall off as 1 over frequency and the colours go together, as in natural images; hard-edged shapes lie in
-    front. At quality 90 a file takes about as many bytes as ImageNet's do.
+    Amplitudes fall off with frequency and the colours go together, as in natural images; hard-edged shapes lie in
+    front. A file takes about as many bytes as ImageNet's do.
     """
     height, width = size
     y, x = np.mgrid[0:height, 0:width]
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
-    for number in range(count):
-        rng = np.random.default_rng(number)
-        spectrum = np.fft.rfft2(rng.standard_normal((4, height, width))) / frequency
+    for index in range(number):
+        rng = np.random.default_rng(index)
+        spectrum = np.fft.rfft2(rng.standard_normal((4, height, width))) / frequency**1.25
         spectrum[:, 0, 0] = 0
         layers = np.fft.irfft2(spectrum, s=size)
         layers /= layers.std(axis=(1, 2), keepdims=True)
@@ -196,11 +223,5 @@ def write_photos(folder: Path, *, count: int, size: tuple[int, int] = (375, 500)
             inside = np.hypot((y - centre[0]) / radius[0], (x - centre[1]) / radius[1]) < 1
             pixels += inside * rng.uniform(-70, 70, (3, 1, 1))
         image = Image.fromarray(np.moveaxis(pixels.clip(0, 255), 0, 2).astype(np.uint8))
-        image.save(folder / f"{number:04d}.jpg", quality=quality)
+        image.save(folder / f"{index:04d}.jpg", quality=quality)
     return folder
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    raise SystemExit(run(parser.parse_args()))
