@@ -212,3 +212,16 @@ def test_a_full_disk_is_said_and_the_last_good_state_is_whole(pictures: Path, tm
     assert latest_good_checkpoint(run / "checkpoints") == newest
     if processes == 2:
         assert f"the last whole one is {newest}" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_compiled_blocks_with_recomputation_train_the_same(
+    one: Path, pictures: Path, tmp_path: Path, processes: int
+) -> None:
+    more = ("train.compile=true", "model.checkpointing=true", "train.distributed=fsdp2")
+    if processes == 1:
+        assert run_tool(main, arguments(pictures, tmp_path / "run", *more)) == 0
+    else:
+        finish(launch(arguments(pictures, tmp_path / "run", *more)))
+    assert_same_run(tmp_path / "run", one)
