@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mae_transfer.checkpoint import describe, encoder_state
 from mae_transfer.data.sampler import StepSampler, num_steps
 from mae_transfer.data.transforms import normalise
+from mae_transfer.engine.allocator import keep_freed_memory
 from mae_transfer.engine.config import to_dict
 from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.ema import WeightAverage
@@ -82,6 +83,8 @@ class PretrainRun:
         self.step_sampler(0)  # refuses an impossible division of the batch before anything is built
         if processes.device.type == "cuda":
             torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+        if processes.device.type == "cpu":
+            keep_freed_memory()
         self.model = build_model(config).to(processes.device)
         self.sample_flops = training_flops(self.model, mask_ratio=config.mask.ratio)
 
