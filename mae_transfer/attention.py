@@ -189,7 +189,7 @@ class Attention(nn.Module):
     def attend_tokens(self, qkv: Tensor, grid: Grid | None) -> Tensor:
         """Attention from projected tokens: (N, T, 3D) -> (N, T, D), before the output projection."""
         n, t, _ = qkv.shape
-        if self.relative is None and applies(qkv) and suits_matmul(qkv):
+        if self.relative is None and applies(qkv, qkv.shape[-1] // 3) and suits_matmul(qkv):
             return SelfAttendOnCPU.apply(qkv.contiguous(), self.num_heads)
         q, k, v = qkv.reshape(n, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (N, M, T, d)
         if self.relative is None:

@@ -15,6 +15,11 @@ from mae_transfer.recompute import gelu_linear, norm_linear
 from mae_transfer.vit import Block, VisionTransformer
 
 
+@pytest.fixture(autouse=True)
+def narrow_layers_too(monkeypatch) -> None:
+    monkeypatch.setattr(recompute, "MIN_WIDTH", 0)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_functions_against_finite_differences(bias: bool) -> None:
     torch.manual_seed(0)
@@ -79,14 +84,26 @@ def kept_bytes(run: Callable[[], Tensor], besides: nn.Module) -> int:
 def test_a_block_keeps_little_more_than_half(monkeypatch) -> None:
     block = Block(Attention(64, 4), 64)
     x = torch.randn(32, 50, 64, requires_grad=True)
-    weights = 2 * sum(p.numel() for p in block.parameters() if p.ndim == 2)  # their copies in bf16
+    copied = 2 * block.attn.proj.weight.numel()  # in bf16
     tokens = 32 * 50 * 64
     # Twice x in float32; q, k, v and what attention gives; the hidden layer.
     expected = tokens * (2 * 4 + 3 * 2 + 2 + 4 * 2)
-    ours = kept_bytes(lambda: block(x), block) - weights
-    assert ours == pytest.approx(expected, rel=0.03)
+    ours = kept_bytes(lambda: block(x), block)
+    assert ours - copied == pytest.approx(expected, rel=0.03)
     monkeypatch.setattr(recompute, "ON_CPU", False)
-    assert kept_bytes(lambda: block(x), block) - weights > 1.6 * ours
+    assert kept_bytes(lambda: block(x), block) > 1.6 * ours
+
+
+def test_narrow_blocks_keep_everything(monkeypatch) -> None:
+    monkeypatch.setattr(recompute, "MIN_WIDTH", 384)
+    x = torch.randn(1, 3, 384, requires_grad=True)
+    narrow, wide = Block(Attention(192, 3), 192), Block(Attention(384, 6), 384)
+    names = []
+    for block, width in ((narrow, 192), (wide, 384)):
+        hidden = norm_linear(x[..., :width], block.norm2, block.mlp.fc1)
+        out = gelu_linear(hidden, block.mlp.fc2)
+        names.append([type(tensor.grad_fn).__name__ for tensor in (hidden, out)])
+    assert names == [["ViewBackward0", "ViewBackward0"], ["NormLinearBackward", "GeluLinearBackward"]]
 
 
 def test_layers_that_are_not_plain_are_called_as_they_are() -> None:
