@@ -13,7 +13,8 @@ ARGUMENTS = (
     *("checkpoint.every_steps=3", "log.every_steps=1", "log.tensorboard=false", "log.reconstruct_every_epochs=0"),
 )
 
-CLOCK = ("time", "images_per_second", "data_wait", "mfu", "memory_gib", "probe_seconds")  # what differs between two equal runs
+# What differs between two equal runs.
+CLOCK = ("time", "images_per_second", "data_wait", "mfu", "memory_gib", "probe_seconds")
 
 
 def timeless(metrics: Path) -> list[dict[str, Any]]:
