@@ -74,7 +74,7 @@ class CrossBlock(nn.Module):
     def compute(self, x: Tensor, memory: Tensor) -> Tensor:
         """As ``forward``, activations kept."""
         x = x + self.cross_attn(self.norm1(x), memory)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(x, norm=self.norm2)
 
 
 class FeatureFusion(nn.Module):

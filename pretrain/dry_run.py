@@ -64,24 +64,28 @@ def dry_run(config: PretrainConfig, processes: Processes) -> str:
     planned = _planned_memory(run)
     total = seconds * run.num_steps + sum(extra.values())
     others = ", ".join(f"{name} {duration(spent)}" for name, spent in extra.items())
+    notes = ["forward and backward", "the formula overlooks that images need no gradient"]
+    if config.model.checkpointing:
+        notes.append("the counter sees blocks computed twice")
+    if processes.device.type == "cpu":
+        notes.append("on a CPU it sees attention's scores twice")
+    known = "measured" if config.log.peak_gflops is None else "given"
     lines = [
         parameter_table(run.model),
         "",
         f"model            {config.model.size}, {_millions(run.model)} ({_millions(run.model, trained=True)} train)",
-        f"work             {gflops:.3g} GFLOP an image by formula, {counted:.3g} by counter (forward and backward; the "
-        "images need no gradient, which the formula overlooks"
-        + ("; the counter sees blocks computed twice)" if config.model.checkpointing else ")"),
+        f"work             {gflops:.3g} GFLOP an image by formula, {counted:.3g} by counter ({'; '.join(notes)})",
         f"decoder          {work.decoder_per_token:.1%} of the encoder's work per token (paper, Section 3: under 10 % "
         f"for ViT-L), on {work.decoder_tokens} tokens against {work.encoder_tokens}; "
         f"{work.decoder_share:.1%} of all work",
         f"data             {run.num_samples} images, {run.num_steps} steps of {batch_size} on "
         f"{processes.world_size} process(es)",
         f"step             {seconds:.3g} s (median of {len(steps)}), {speed:.1f} images/s, "
-        f"{speed * gflops:.3g} GFLOP/s = {speed * gflops / ceiling:.0%} of the measured {ceiling:.0f} (MFU)",
+        f"{speed * gflops:.3g} GFLOP/s = {speed * gflops / ceiling:.0%} of the {known} {ceiling:.0f} (MFU)",
         f"data wait        {sum(waited) / max(sum(steps), 1e-9):.1%} of the step",
         f"peak memory      {peak / 2**30:.2f} GiB a process "
-        f"({'GPU' if processes.device.type == 'cuda' else 'resident, data and libraries included'}); by formula "
-        f"{planned.total / 2**30:.2f}: parameters, gradients and moments "
+        f"({'GPU' if processes.device.type == 'cuda' else 'resident, data and libraries included'}); a GPU would hold "
+        f"{planned.total / 2**30:.2f} by formula: parameters, gradients and moments "
         f"{(planned.parameters + planned.gradients + planned.moments) / 2**30:.2f}, activations "
         f"{(planned.activations + planned.copies) / 2**30:.2f}",
         f"projected time   {duration(total)} for the whole run: steps {duration(seconds * run.num_steps)}"

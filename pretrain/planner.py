@@ -140,7 +140,7 @@ def memory(
     precision: str = "bf16",
     mask_ratio: float | None = None,
 ) -> Memory:
-    """Peak memory of one process by formula.
+    """Peak memory of one GPU by formula. (A CPU keeps less: see ``mae_transfer.recompute``.)
 
     Args:
         micro_batch: images of a process in one accumulation round.

@@ -15,7 +15,7 @@ HOSTS = {"detectron2": "detection", "mmseg": "segmentation", "mmengine": "segmen
 
 # Each room and the rooms that it may import, besides its own: imports run one way, downwards.
 GROUND = ["errors", "sizes", "position", "recompute", "attention", "vit", "pyramid", "layer_decay", "checkpoint"]
-SHARED = ["data", "engine", "visualize", "charts", "report"]
+SHARED = ["data", "engine", "probe", "visualize", "charts", "report"]
 HOST_ROOMS = ["detection", "segmentation"]
 
 

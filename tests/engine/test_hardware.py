@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -23,15 +25,15 @@ def test_ceiling_is_what_a_product_reaches_and_is_measured_once(precision: str) 
     before = time.perf_counter()
     assert measured_gflops(CPU, precision) == ceiling
     assert time.perf_counter() - before < 0.01 < first
-    # An independent timing of the same kind of product, on a machine that is not quiet.
+    # An independent timing of the same kind of product, on a machine that is not quiet: no more than the magnitude.
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     a, b = torch.ones(2048, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     rates = []
-    for _ in range(5):
+    for _ in range(10):
         before = time.perf_counter()
         a @ b
         rates.append(2 * 2048 * 1024 * 1024 / (time.perf_counter() - before) / 1e9)
-    assert ceiling == pytest.approx(max(rates), rel=0.7)
+    assert max(rates) / 4 < ceiling < max(rates) * 4
 
 
 def test_another_number_of_threads_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +46,12 @@ def test_another_number_of_threads_is_measured_anew(monkeypatch: pytest.MonkeyPa
     assert len(calls) == 4  # two shapes, twice
 
 
-def test_peak_memory_sees_what_was_held() -> None:
+def test_peak_memory_sees_what_was_held_and_not_what_the_parent_held() -> None:
     before = memory_in_use(CPU)
     block = torch.ones(before // 4 + 64 * 2**20)  # four bytes each: more than everything so far
     assert memory_in_use(CPU) >= before + 64 * 2**20
     assert block.numel()
+    code = "import torch; from mae_transfer.engine.hardware import memory_in_use as m; print(m(torch.device('cpu')))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if sys.platform == "linux":
+        assert int(child.stdout) < memory_in_use(CPU) - 32 * 2**20

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from mae_transfer import recompute
 from mae_transfer.engine.config import read_config
 from mae_transfer.errors import ConfigError, run_tool
 from pretrain import MaskedAutoencoder, build_mae
@@ -65,6 +66,13 @@ def test_the_papers_claims_of_the_decoder() -> None:
     assert forward_work(meta("base")).decoder / cross.decoder > 3
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU computes norms, GELU and softmax again rather than keep them; a plan is for GPUs, which do not."""
+    monkeypatch.setattr(recompute, "ON_CPU", False)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize(
     "model",
@@ -87,6 +95,7 @@ def test_memory_by_formula_is_what_autograd_keeps(model: dict[str, Any], precisi
     assert kept_bytes(mae, images, precision) == pytest.approx(formula, rel=0.1)
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_memory_with_recomputation_is_what_autograd_keeps() -> None:
     images = torch.randn(4, 3, 96, 96)
     mae = build_mae(size="small", image_size=96, checkpointing=True)
