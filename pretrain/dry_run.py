@@ -47,11 +47,13 @@ def dry_run(config: PretrainConfig, processes: Processes) -> str:
         first = trainer.timed_steps(1)[0]
         steps, waited = [first], waits.seconds
         short = not processes.any(first > _LONG_STEP)
-        if short:
-            count = 1 + processes.largest([max(1, min(_MOST_STEPS, int(_SECONDS / first)))])[0]
+        wanted = 1 + processes.largest([max(1, min(_MOST_STEPS, int(_SECONDS / first)))])[0]
+        left = run.num_steps - trainer.step
+        if short and left:
             waits.seconds = []
-            # The first of these starts the loader anew, which a run does once.
-            steps, waited = trainer.timed_steps(count)[1:], waits.seconds[config.train.accumulate :]
+            steps, waited = trainer.timed_steps(min(wanted, left)), waits.seconds
+            if len(steps) > 1:  # the first of these starts the loader anew, which a run does once
+                steps, waited = steps[1:], waited[config.train.accumulate :]
         seconds = statistics.median(steps)
         peak = memory_in_use(processes.device)
         counted = _counted_gflops(run)

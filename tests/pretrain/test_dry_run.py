@@ -62,6 +62,14 @@ def test_report(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert re.search(r"peak memory +[\d.]+ GiB a process .*a GPU would hold [\d.]+ by formula", text)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_run_of_few_steps(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int) -> None:
+    small = [*ARGUMENTS, f"train.steps={steps}", "optim.warmup_epochs=0", "log.peak_gflops=100"]
+    assert run_tool(main, [TINY, f"data.path={pictures}", f"run.dir={tmp_path / 'run'}", *small, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert f"{steps} steps of 8" in text and f"(median of {max(1, steps - 2)})" in text
+
+
 def test_without_fvcore_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_mae(size="tiny", image_size=32, depth=1)
     assert "pos_embed" in parameter_table(model) and "patch_embed" in parameter_table(model)
