@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from mae_transfer.engine.config import build_config, flatten, to_dict, to_yaml
 from mae_transfer.engine.distribution import Processes, is_restart
 from mae_transfer.engine.metrics import MetricsLog
 from mae_transfer.engine.run_folder import RunFolder, open_run_folder
+from mae_transfer.engine.trainer import Hook
 from mae_transfer.errors import ConfigError, UserError
 from pretrain.config import PretrainConfig
 from pretrain.monitor import monitors
@@ -41,6 +44,12 @@ def pretrain(config: PretrainConfig, processes: Processes) -> str | None:
     run = PretrainRun(config, processes)
     hooks = monitors(run, RunFolder(config.run.dir))
     folder, checkpoint = _open_folder(config, processes)
+    with folder.in_use() if processes.is_main else nullcontext():
+        return _train(run, folder, checkpoint, hooks)
+
+
+def _train(run: PretrainRun, folder: RunFolder, checkpoint: Path | None, hooks: Sequence[Hook]) -> str | None:
+    config, processes = run.config, run.processes
     trainer = run.trainer(folder)
     trainer.hooks = hooks
     if checkpoint is not None:

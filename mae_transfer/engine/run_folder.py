@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -22,6 +28,13 @@ from mae_transfer.engine.checkpoints import (
 )
 from mae_transfer.engine.files import write_text
 from mae_transfer.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 RESUME_MODES = ("auto", "never")
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "omegaconf", "safetensors", "timm")
@@ -50,6 +63,7 @@ class RunFolder:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+        self.lock = self.root / ".in-use"
         self.config = self.root / "config.yaml"
         self.environment = self.root / "environment.txt"
         self.metrics = self.root / "metrics.jsonl"
@@ -62,10 +76,54 @@ class RunFolder:
         self.average_model = self.root / "model_ema.safetensors"
         self.average_encoder = self.root / "encoder_ema.safetensors"
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold the folder, so that no second run writes to it: not even when this process's parent was killed and the
+        command started again. The operating system lets go of it when the process ends, however it ends.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        with self.lock.open("a+", encoding="utf-8") as file:
+            if not _take(file):
+                raise self._used_by_another()
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                self.lock.unlink(missing_ok=True)
+
+    def check_free(self) -> None:
+        """Raises ConfigError while another run is writing here."""
+        with suppress(FileNotFoundError), self.lock.open("r+", encoding="utf-8") as file:
+            if not _take(file):
+                raise self._used_by_another()
+
+    def _used_by_another(self) -> ConfigError:
+        owner = self.lock.read_text(encoding="utf-8").strip() or "another process"
+        return ConfigError(f"run.dir={self.root} is being written to by {owner}; stop it, or name another run.dir")
+
     def write_description(self, config_yaml: str) -> None:
         """``config.yaml`` and ``environment.txt``."""
         write_text(self.config, config_yaml)
         write_text(self.environment, describe_environment())
+
+
+def _take(file: IO[str]) -> bool:
+    """Lock an open file for this process; False if another has it. True where files cannot be locked."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's own: data workers do not inherit it
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        logger.warning("%s cannot be locked (%s): take care that no second run writes there", file.name, error)
+    return True
 
 
 def open_run_folder(config: RunConfig, *, restarted: bool = False) -> tuple[RunFolder, Path | None]:
@@ -76,18 +134,19 @@ def open_run_folder(config: RunConfig, *, restarted: bool = False) -> tuple[RunF
             whatever the command says of resuming and overwriting.
 
     Raises:
-        ConfigError: the folder is not empty and neither resumed nor overwritten; a checkpoint to resume from is
-            missing.
+        ConfigError: the folder is not empty and neither resumed nor overwritten; another run is writing to it; a
+            checkpoint to resume from is missing.
         CheckpointError: the checkpoint to resume from is damaged, or all of them are.
     """
     folder = RunFolder(config.dir)
     if folder.root.exists() and not folder.root.is_dir():
         raise ConfigError(f"run.dir={folder.root} is a file; name a folder")
+    folder.check_free()
     resume = config.resume
     if restarted and (resume == "never" or latest_checkpoint(folder.checkpoints)):
         resume = "auto"
     checkpoint = _checkpoint_to_resume(folder, resume)
-    used = folder.root.is_dir() and any(folder.root.iterdir())
+    used = folder.root.is_dir() and any(path != folder.lock for path in folder.root.iterdir())
     own = checkpoint is not None and checkpoint.resolve().is_relative_to(folder.root.resolve())
     # Killed before its first checkpoint: only what write_description and the log left behind. Nothing to lose.
     unborn = (resume == "auto" or restarted) and folder.config.is_file() and not folder.encoder.exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,26 @@ def test_a_used_folder_is_refused_unless_resumed_or_overwritten(tmp_path: Path) 
     assert open_run_folder(RunConfig(dir=str(tmp_path / "other"), resume=str(saved)))[1] == saved
     assert open_run_folder(RunConfig(dir=str(root), overwrite=True))[1] is None
     assert not saved.exists()
+
+
+def test_a_folder_that_a_living_process_writes_to_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    folder, _ = open_run_folder(RunConfig(dir=str(root)))
+    folder.write_description("")
+    hold = "import sys, time; from mae_transfer.engine.run_folder import RunFolder\n"
+    hold += "with RunFolder(sys.argv[1]).in_use(): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(root)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for config in (RunConfig(dir=str(root), resume="auto"), RunConfig(dir=str(root), overwrite=True)):
+            with pytest.raises(ConfigError, match=f"is being written to by process {other.pid} on"):
+                open_run_folder(config)
+        with pytest.raises(ConfigError, match="stop it, or name another"), folder.in_use():
+            pass
+        other.kill()
+    open_run_folder(RunConfig(dir=str(root), resume="auto"))
+    with folder.in_use():
+        pass
+    assert not folder.lock.exists()
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:

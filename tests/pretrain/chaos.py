@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def torment(arguments: Sequence[str], run: Path, *, kills: int, seed: int, proce
         if terminate:
             process.terminate()
         else:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(process.pid)
         errors = process.communicate(timeout=300)[1]
         if terminate and processes == 1 and process.returncode not in (75, -signal.SIGTERM):
             raise AssertionError(f"status {process.returncode} after SIGTERM: {errors}")
@@ -90,6 +91,15 @@ def start(arguments: Sequence[str], processes: int) -> subprocess.Popen[str]:
         start_new_session=True,
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
+
+
+def kill_all(process: int) -> None:
+    """kill -9 for a process and its children: torchrun's live in sessions of their own and would go on without it."""
+    children = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=False).stdout.split()
+    os.kill(process, signal.SIGKILL)
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(int(child), signal.SIGKILL)
 
 
 def finish(arguments: Sequence[str], processes: int = 1) -> None:
