@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import platform
@@ -28,11 +29,6 @@ from mae_transfer.engine.checkpoints import (
 )
 from mae_transfer.engine.files import write_text
 from mae_transfer.errors import ConfigError
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +109,6 @@ class RunFolder:
 
 def _take(file: IO[str]) -> bool:
     """Lock an open file for this process; False if another has it. True where files cannot be locked."""
-    if fcntl is None:
-        return True
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's own: data workers do not inherit it
     except (BlockingIOError, PermissionError):
