@@ -55,12 +55,6 @@ def write_torch(path: str | Path, content: Any) -> None:
         torch.save(content, temporary)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Text written atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 

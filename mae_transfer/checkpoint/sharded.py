@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mae_transfer.checkpoint.files import write_text
+from mae_transfer.checkpoint.files import atomic_write
 from mae_transfer.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -33,7 +33,8 @@ def is_sharded(path: Path) -> bool:
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Seal ``folder``: ``facts`` (JSON values) and what every file in it must be."""
     files = {path.name: _signature(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-    write_text(folder / MANIFEST, json.dumps({"facts": dict(facts), "files": files}, indent=1))
+    with atomic_write(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps({"facts": dict(facts), "files": files}, indent=1), encoding="utf-8")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
