@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mae_transfer import build_vit, recompute
 from mae_transfer.attention import Attention
@@ -139,3 +145,44 @@ def test_frozen_parameters_get_no_gradient_and_the_others_theirs() -> None:
         finally:
             recompute.ON_CPU = True
         torch.testing.assert_close(found, parameter.grad)
+
+
+def train_on(rank: int, strategy: str, autocast: bool, store: str, results: str) -> None:
+    """Three steps of one of two processes, each on its half of the batch; the main one saves the weights."""
+    recompute.MIN_WIDTH = 0
+    torch.set_num_threads(1)
+    if strategy != "alone":
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    vit = build_vit("tiny", image_size=16, patch_size=8, depth=2)
+    images = torch.randn(3, 4, 3, 16, 16)[:, slice(None) if strategy == "alone" else slice(2 * rank, 2 * rank + 2)]
+    module: nn.Module = vit
+    if strategy == "fsdp2":
+        for block in vit.blocks:
+            fully_shard(block)
+        fully_shard(vit)
+    elif strategy == "ddp":
+        module = DistributedDataParallel(vit)
+    optimizer = torch.optim.SGD(vit.parameters(), lr=0.05)
+    for step_images in images:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = module(step_images).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in vit.state_dict().items()}
+    if rank == 0:
+        torch.save(state, results)
+    if strategy != "alone":
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_weights_sharded_or_not_train_as_in_one_process(strategy: str, autocast: bool, tmp_path: Path) -> None:
+    alone, shared = str(tmp_path / "alone.pt"), str(tmp_path / "shared.pt")
+    mp.spawn(train_on, ("alone", autocast, "", alone), 1)
+    mp.spawn(train_on, (strategy, autocast, str(tmp_path / "store"), shared), 2)
+    expected, found = torch.load(alone), torch.load(shared)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-3 if autocast else 2e-5, msg=name)

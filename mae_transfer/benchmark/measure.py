@@ -123,18 +123,18 @@ def race(
 
     Args:
         warm_up: turns of each that are not counted.
-        max_seconds: begin no further round (but the first) after so long.
+        max_seconds: begin no further round so long after the warm-up; the first is always run.
 
     Raises:
         UserError: what a contestant raised. RunFailed: its process died (out of memory, most likely).
     """
     timings = [Timing(contestant.name, contestant.flops) for contestant in contestants]
-    before = time.perf_counter()
     with ExitStack() as stack:
         pipes = [stack.enter_context(_process(contestant, threads)) for contestant in contestants]
         for _ in range(warm_up):
             for pipe in pipes:
                 _ask(pipe, "turn")
+        before = time.perf_counter()
         for round_ in range(rounds):
             if round_ and max_seconds is not None and time.perf_counter() - before > max_seconds:
                 break
