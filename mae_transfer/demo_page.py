@@ -19,7 +19,7 @@ from PIL import Image
 
 from mae_transfer.charts import Bar, Series
 from mae_transfer.cutouts import OBJECTS
-from mae_transfer.demo import STARTS, DemoSize, Layout, Record, Stage, shown
+from mae_transfer.demo_plan import STARTS, DemoSize, Layout, Record, Stage, shown
 from mae_transfer.engine.files import atomic_path
 from mae_transfer.report import Page
 from mae_transfer.scenes import CLASSES

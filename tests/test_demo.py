@@ -9,21 +9,9 @@ from pathlib import Path
 import pytest
 
 from mae_transfer.charts import Series
-from mae_transfer.demo import (
-    FULL,
-    ROOT,
-    SIZES,
-    SMOKE,
-    Layout,
-    Stage,
-    last_value,
-    main,
-    run_demo,
-    run_stage,
-    shown,
-    stages,
-)
+from mae_transfer.demo import main, run_demo, run_stage
 from mae_transfer.demo_page import curve, difference
+from mae_transfer.demo_plan import FULL, ROOT, SIZES, SMOKE, Layout, Stage, last_value, shown, stages
 from mae_transfer.errors import ConfigError, RunFailed, run_tool
 
 
