@@ -16,7 +16,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_ceiling_is_what_a_product_reaches_and_is_measured_once(precision: str) -> None:
+def test_ceiling_is_what_a_product_reaches_and_is_measured_once(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "_measured", {})  # runs of other tests have measured in this process
     state = torch.get_rng_state()
     before = time.perf_counter()
     ceiling = measured_gflops(CPU, precision)
@@ -24,7 +27,7 @@ def test_ceiling_is_what_a_product_reaches_and_is_measured_once(precision: str) 
     assert torch.equal(torch.get_rng_state(), state), "the run's random state must not move"
     before = time.perf_counter()
     assert measured_gflops(CPU, precision) == ceiling
-    assert time.perf_counter() - before < 0.01 < first
+    assert time.perf_counter() - before < first / 10
     # An independent timing of the same kind of product, on a machine that is not quiet: no more than the magnitude.
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     a, b = torch.ones(2048, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
