@@ -29,7 +29,8 @@ class GridRow:
 
 
 def to_picture(image: Tensor) -> Picture:
-    """(C, H, W) in 0..1 to (H, W, C) uint8."""
+    """(C, H, W) in 0..1 to (H, W, 3 or 1) uint8: of measured data the first three channels, or the first of two."""
+    image = image if len(image) in (1, 3) else image[: 3 if len(image) > 3 else 1]
     return (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 

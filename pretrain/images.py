@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from mae_transfer.data.decode import Picture
 from mae_transfer.data.draws import Draws, Purpose
@@ -131,7 +131,7 @@ class ImageBatch:
     def add(self, image: Tensor) -> None:
         """An image of ``channels`` channels, or of one that stands for all."""
         if self._pixels is None:
-            self._pixels = _empty(self.shape, image.dtype)
+            self._pixels = torch.empty(self.shape, dtype=image.dtype)
         elif self._pixels.dtype != image.dtype:
             self._pixels, image = _as_floats(self._pixels), _as_floats(image)
         self._pixels[self._filled].copy_(image)
@@ -141,12 +141,6 @@ class ImageBatch:
     def tensor(self) -> Tensor:
         assert self._pixels is not None and self._filled == len(self._pixels)
         return self._pixels.permute(0, 3, 1, 2)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    pixels = torch.empty(shape, dtype=dtype)
-    # A worker hands its batches over in shared memory: what is made there need not be copied there.
-    return pixels.share_memory_() if get_worker_info() is not None else pixels
 
 
 def _as_floats(images: Tensor) -> Tensor:

@@ -30,6 +30,12 @@ def test_labels_titles_and_caption_make_room_for_themselves() -> None:
     assert (np.asarray(full.crop((0, bare.height + 30, full.width, full.height))) < 128).any(), "the caption is drawn"
 
 
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (4, 3), (7, 3)])
+def test_of_many_channels_the_first_are_shown(channels: int, shown: int) -> None:
+    values = torch.arange(channels).view(-1, 1, 1).expand(-1, 2, 2) / 10
+    assert to_picture(values)[0, 0].tolist() == [round(i / 10 * 255) for i in range(shown)]
+
+
 def test_to_picture_rounds_and_clips() -> None:
     values = torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.0]).view(1, 1, 5)
     assert to_picture(values)[0, :, 0].tolist() == [0, 0, 128, 255, 255]

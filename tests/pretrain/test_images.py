@@ -18,6 +18,7 @@ from mae_transfer.data.draws import Draws, Purpose
 from mae_transfer.data.sampler import SampleKey, StepSampler
 from mae_transfer.data.transforms import centre_crop, draw_crop, normalise
 from mae_transfer.errors import ConfigError, RunFailed
+from pretrain.cli import main
 from pretrain.config import DataConfig
 from pretrain.images import (
     MaskedBatch,
@@ -33,7 +34,9 @@ from pretrain.masking import build_sampler
 from tests.data.test_decode import BROKEN
 from tests.data.test_shards import write_shard
 from tests.pictures import picture, write_pictures
+from tests.pretrain.small import ARGUMENTS, timeless
 
+TINY = str(Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny.yaml")
 SAMPLER = build_sampler("random", (4, 4), 0.75)
 
 
@@ -230,3 +233,25 @@ def test_a_jpeg_that_ends_too_early_is_unreadable_however_little_of_it_is_needed
     (tmp_path / "cut.jpg").write_bytes(file.getvalue()[:-300])
     for epoch in range(5):
         assert list(images_at(tmp_path).__getitems__([SampleKey(epoch, 1)]).unreadable) == [1]
+
+
+def test_measured_data_train_from_start_to_pictures(tmp_path: Path) -> None:
+    for number in range(6):
+        values = np.random.default_rng(number).random((40, 50, 5)) * 65535
+        np.save(tmp_path / f"{number}.npy", values.astype(np.uint16))
+    own = ("data.channels=5", "data.mean=[.5,.5,.5,.5,.5]", "data.std=[.3,.3,.3,.3,.3]", "data.repeats=2")
+    length = ("train.steps=2", "train.batch_size=4", "optim.warmup_epochs=0", "log.reconstruct_every_epochs=1")
+    folder = tmp_path / "run"
+    assert main([TINY, *ARGUMENTS, *own, *length, f"data.path={tmp_path}", f"run.dir={folder}"]) == 0
+    assert len(timeless(folder / "metrics.jsonl")) == 2
+    (picture_file, *_) = (folder / "reconstructions").glob("*.png")
+    with Image.open(picture_file) as shown:
+        assert shown.mode == "RGB"
+
+
+def test_broken_files_are_counted_at_the_end_of_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    folder = broken_folder(tmp_path / "data", whole=30)
+    length = ("train.epochs=1", "optim.warmup_epochs=0", "data.max_unreadable=0.5")
+    assert main([TINY, *ARGUMENTS, *length, f"data.path={folder}", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert f"{len(BROKEN)} of {30 + len(BROKEN)} images" in caplog.text
