@@ -74,8 +74,13 @@ def test_views_of_an_image_come_together_in_one_micro_batch(
     num_samples: int, images: int, repeats: int, world_size: int, accumulate: int
 ) -> None:
     options = {
-        "num_samples": num_samples, "batch_size": images * repeats * world_size * accumulate, "seed": 1,
-        "stop_step": 4, "accumulate": accumulate, "repeats": repeats, "world_size": world_size,
+        "num_samples": num_samples,
+        "batch_size": images * repeats * world_size * accumulate,
+        "seed": 1,
+        "stop_step": 4,
+        "accumulate": accumulate,
+        "repeats": repeats,
+        "world_size": world_size,
     }
     shares = [list(StepSampler(**options, rank=rank)) for rank in range(world_size)]
     for step in range(4):
