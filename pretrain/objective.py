@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mae_transfer.checkpoint import describe, encoder_state
 from mae_transfer.data.sampler import StepSampler, num_steps
+from mae_transfer.data.source import Source
 from mae_transfer.data.transforms import normalise
 from mae_transfer.engine.allocator import keep_freed_memory
 from mae_transfer.engine.config import to_dict
@@ -25,7 +26,7 @@ from mae_transfer.engine.prefetch import prefetch
 from mae_transfer.engine.run_folder import RunFolder, git_commit
 from mae_transfer.engine.state import whole_state
 from mae_transfer.engine.trainer import Trainer
-from mae_transfer.errors import ConfigError
+from mae_transfer.errors import ConfigError, UserError
 from pretrain.config import PretrainConfig
 from pretrain.images import MaskedBatch, MaskedImages, UnreadableCount, batch_stream, open_images
 from pretrain.masking import build_sampler
@@ -65,7 +66,7 @@ class PretrainRun:
         self.config = config
         self.processes = processes
         batch_size = config.train.batch_size
-        self.source = open_images(config.data, config.data.roots)
+        self.source = self._open_images()
         self.num_samples = len(self.source)
         self.epoch_samples = self.num_samples * config.data.repeats  # crops
         self.num_steps = self._num_steps()
@@ -87,6 +88,28 @@ class PretrainRun:
             keep_freed_memory()
         self.model = build_model(config).to(processes.device)
         self.sample_flops = training_flops(self.model, mask_ratio=config.mask.ratio)
+
+    def _open_images(self) -> Source:
+        """The main process looks first: what a scan of a large folder finds is kept for the others."""
+        data, source, error = self.config.data, None, None
+        if self.processes.is_main:
+            try:
+                source = open_images(data, data.roots)
+            except UserError as found:
+                error = found
+        error = self.processes.from_main(error)
+        if error is not None:
+            raise error
+        return source if source is not None else open_images(data, data.roots)
+
+    def count_unreadable(self) -> None:
+        """Put together what the processes could not read; all of them call this.
+
+        Raises:
+            RunFailed: more than ``data.max_unreadable`` allows.
+        """
+        self.unreadable.merge(*self.processes.gather(sorted(self.unreadable.seen)))
+        self.unreadable.check()
 
     def _num_steps(self) -> int:
         train = self.config.train
@@ -184,6 +207,7 @@ class PretrainRun:
             loss=self.loss,
             batches=self.batches,
             keep_inputs=self.keep_inputs,
+            before_save=self.count_unreadable,
             num_steps=self.num_steps,
             num_samples=self.epoch_samples,
             train=config.train,

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: nothing that changes the losses.
 _FREE_ON_RESUME = (
-    *("run.dir", "run.resume", "run.overwrite", "checkpoint.", "log.", "probe.", "data.workers", "data.cache"),
+    *("run.dir", "run.resume", "run.overwrite", "checkpoint.", "log.", "probe.", "data.workers"),
     *("data.path", "data.val_path", "data.scan_cache", "data.max_unreadable", "train.max_skipped", "train.device"),
     # The same batches and, but for rounding, the same numbers: what another number of machines may make necessary.
     *("train.distributed", "train.accumulate", "train.compile", "model.checkpointing"),
@@ -79,7 +79,7 @@ def _train(run: PretrainRun, folder: RunFolder, checkpoint: Path | None, hooks: 
     finally:
         if trainer.metrics is not None:
             trainer.metrics.close()
-    run.unreadable.merge(*processes.gather(sorted(run.unreadable.seen)))
+    run.count_unreadable()
     logger.info("%s", run.unreadable.summary())
     if stopped_by is None:
         run.write_weights(folder, trainer.average)

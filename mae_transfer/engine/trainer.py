@@ -105,6 +105,7 @@ class Trainer(Generic[BatchT]):
         batches: from a step, an endless or long enough iterator of micro-batches, ``accumulate`` a step.
         keep_inputs: called with (step, folder) when a step's loss or gradients were not finite, on every process:
             saves what went in.
+        before_save: called on every process before a checkpoint is written: what they have to agree on now and then.
         num_samples: of an epoch.
         seed: with the step, the round and the process it seeds whatever the model itself draws (drop path).
         sample_flops: floating-point operations of one sample's training, for the model FLOP utilisation.
@@ -122,6 +123,7 @@ class Trainer(Generic[BatchT]):
         loss: Callable[[nn.Module, BatchT], Tensor],
         batches: Callable[[int], Iterator[BatchT]],
         keep_inputs: Callable[[int, RunFolder], None],
+        before_save: Callable[[], None] = lambda: None,
         num_steps: int,
         num_samples: int,
         train: TrainConfig,
@@ -145,6 +147,7 @@ class Trainer(Generic[BatchT]):
         self.loss = loss
         self.batches = batches
         self.keep_inputs = keep_inputs
+        self.before_save = before_save
         self.num_steps = num_steps
         self.num_samples = num_samples
         self.train = train
@@ -380,6 +383,7 @@ class Trainer(Generic[BatchT]):
             "scaler": self.precision.scaler.state_dict(),
         }
         self._agreement.finish()
+        self.before_save()
         self._writer.save(facts, training_tensors(self.model, self.optimizer, self.average))
         self._restart_timer()
 

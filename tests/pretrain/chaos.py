@@ -3,8 +3,8 @@
     python -m tests.pretrain.chaos --kills 20 --out /tmp/chaos -- configs/pretrain/tiny.yaml data.path=FOLDER \
         train.steps=300 checkpoint.every_steps=10
 
-Every other death is kill -9, the others SIGTERM; the moments are random, but for one in four kill -9 that waits until a
-checkpoint is being written. Exit status 0 when metrics and weights of the two runs are equal to the last bit.
+Every other death is kill -9, the others SIGTERM. The moments are random, but for every other kill -9, which waits until
+a checkpoint is being written. Exit status 0 when metrics and weights of the two runs are equal to the last bit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def torment(arguments: Sequence[str], run: Path, *, kills: int, seed: int, proce
     deaths = Deaths()
     while deaths.count < kills:
         process = start([*arguments, f"run.dir={run}", "run.resume=auto"], processes)
-        saving = deaths.count % 8 == 2
+        saving = deaths.count % 4 == 2
         terminate = deaths.count % 2 == 1
         began = lines(run)
         # A moment from the very start (imports) to well into training.
@@ -64,19 +65,19 @@ def torment(arguments: Sequence[str], run: Path, *, kills: int, seed: int, proce
         else:
             wait(process, lambda deadline=deadline: time.monotonic() > deadline)  # type: ignore[misc]
         if saving:
-            wait(process, lambda: any((run / "checkpoints").glob(".step-*")))
+            wait(process, partial(frozen_while_saving, process.pid, run))
         if process.poll() is not None:
             raise AssertionError(f"over after {deaths.count} deaths: {process.communicate()[1]}")
         if terminate:
             process.terminate()
         else:
-            kill_all(process.pid)
+            signal_all(process.pid, signal.SIGKILL)
         errors = process.communicate(timeout=300)[1]
         if terminate and processes == 1 and process.returncode not in (75, -signal.SIGTERM):
             raise AssertionError(f"status {process.returncode} after SIGTERM: {errors}")
         deaths.terminated += terminate
         deaths.killed += not terminate
-        deaths.while_saving += saving and any((run / "checkpoints").glob(".step-*"))
+        deaths.while_saving += saving and is_saving(run)
         deaths.steps.append(lines(run))
     finish([*arguments, f"run.dir={run}", "run.resume=auto"], processes)
     return deaths
@@ -93,13 +94,27 @@ def start(arguments: Sequence[str], processes: int) -> subprocess.Popen[str]:
     )
 
 
-def kill_all(process: int) -> None:
-    """kill -9 for a process and its children: torchrun's live in sessions of their own and would go on without it."""
+def is_saving(run: Path) -> bool:
+    return any((run / "checkpoints").glob(".step-*"))
+
+
+def frozen_while_saving(process: int, run: Path) -> bool:
+    """Stop the processes as soon as they save, and say whether they still did when they stood still."""
+    if not is_saving(run):
+        return False
+    signal_all(process, signal.SIGSTOP)
+    if is_saving(run):
+        return True
+    signal_all(process, signal.SIGCONT)
+    return False
+
+
+def signal_all(process: int, number: signal.Signals) -> None:
+    """To a process and its children: torchrun's live in sessions of their own and would go on without it."""
     children = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=False).stdout.split()
-    os.kill(process, signal.SIGKILL)
-    for child in children:
+    for one in (process, *map(int, children)):
         with suppress(ProcessLookupError):
-            os.kill(int(child), signal.SIGKILL)
+            os.kill(one, number)
 
 
 def finish(arguments: Sequence[str], processes: int = 1) -> None:

@@ -144,14 +144,17 @@ def test_sigterm_saves_and_exits_75(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_workers_and_processes_change_no_pixel(pictures: Path, tmp_path: Path) -> None:
-    def stream(*overrides: str, processes: Processes) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        config = read_config(PretrainConfig, None, [*ARGUMENTS, f"data.path={pictures}", "train.steps=3", *overrides])
-        return [(batch.images, batch.noise) for batch in PretrainRun(config, processes).batches(0)]
-
     alone = Processes(device=torch.device("cpu"))
-    expected = stream(processes=alone)
+
+    def stream(*overrides: str, processes: Processes = alone) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        config = read_config(PretrainConfig, None, [*ARGUMENTS, f"data.path={pictures}", "train.steps=3", *overrides])
+        run = PretrainRun(config, alone)
+        run.processes = processes  # one of two that do not exist: what it would be given
+        return [(batch.images, batch.noise) for batch in run.batches(0)]
+
+    expected = stream()
     for overrides in (["data.workers=1"], ["data.workers=2"], ["data.cache=ram"]):
-        for a, b in zip(stream(*overrides, processes=alone), expected, strict=True):
+        for a, b in zip(stream(*overrides), expected, strict=True):
             assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]), overrides
     halves = [stream(processes=Processes(device=torch.device("cpu"), rank=rank, world_size=2)) for rank in (0, 1)]
     for step, (images, noise) in enumerate(expected):
