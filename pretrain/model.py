@@ -290,7 +290,7 @@ class MaskedAutoencoder(VisionTransformer):
         target = patches.float().reshape(n, count, self.num_channels, p_h * p_w).transpose(2, 3).reshape(n, count, -1)
         if self.norm_pix_loss:
             mean, std = patch_statistics(target)
-            target = (target - mean) / std
+            target = (target - mean).div_(std)
         return target
 
     def patchify(self, images: Tensor) -> Tensor:
