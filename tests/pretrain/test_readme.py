@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "pretrain" / "README.md"
 SMALLER = {
     "tools/pretrain.py": " ".join([*ARGUMENTS, "train.epochs=null", "train.steps=20"]),
-    "pretrain": "--size tiny --image-size 32 --patch-size 16 --batch-size 2 --rounds 1 --threads 1",
+    "pretrain": "--size tiny --image-size 32 --patch-size 16 --batch-size 2 --rounds 1 --threads 1"
+    " --contestants ours-bf16 hf-bf16",
     "masking": "--size tiny --image-size 32 --batch-size 2 --decoder-depth 1 --rounds 1 --threads 1",
     "loader": "--batch-size 2 --rounds 1 --batches 1 --image-size 32 --repeats 1",
 }
