@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD
 from mae_transfer.data.decode import check_channels, is_picture
 from mae_transfer.data.scan import user_cache
 from mae_transfer.engine.checkpoints import CheckpointConfig
@@ -19,7 +20,6 @@ from mae_transfer.sizes import get_size
 from pretrain.masking import build_sampler
 from pretrain.model import check_variants
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # how Pillow turns RGB into grayscale
 
 
@@ -216,6 +216,26 @@ class PretrainConfig:
                 decoder_num_heads=model.decoder_num_heads or size.decoder_num_heads,
             ),
         )
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What ``build_mae`` takes for the model of this run."""
+        model = self.model
+        return {
+            "size": model.size,
+            "image_size": self.data.size,
+            "patch_size": model.patch,
+            "channels": self.data.channels,
+            "mask_ratio": self.mask.ratio,
+            "norm_pix_loss": model.norm_pix_loss,
+            "mask_tokens_in_encoder": model.mask_tokens_in_encoder,
+            "positions": model.positions,
+            "decoder": model.decoder,
+            "cross_prediction_ratio": model.cross_prediction_ratio,
+            "cross_fuse_features": model.cross_fuse_features,
+            "checkpointing": model.checkpointing,
+            **model.overrides,
+        }
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -27,8 +25,6 @@ _SECONDS = 15.0  # for steps after the first, which warms up
 _LONG_STEP = 60.0  # is measured by itself, and nothing else is
 _MOST_STEPS = 10
 
-T = TypeVar("T")
-
 
 def dry_run(config: PretrainConfig, processes: Processes) -> str:
     """Take a few real steps, and each evaluation once, and report. Nothing is written to ``run.dir``.
@@ -42,19 +38,17 @@ def dry_run(config: PretrainConfig, processes: Processes) -> str:
         folder.reconstructions.mkdir(parents=True)
         hooks = monitors(run, folder)
         trainer = run.trainer(folder)
-        waits = _Waits()
-        trainer.batches = waits.around(trainer.batches)
-        first = trainer.timed_steps(1)[0]
-        steps, waited = [first], waits.seconds
+        steps = trainer.timed_steps(1)
+        first = steps[0][0]
         short = not processes.any(first > _LONG_STEP)
         wanted = 1 + processes.largest([max(1, min(_MOST_STEPS, int(_SECONDS / first)))])[0]
         left = run.num_steps - trainer.step
         if short and left:
-            waits.seconds = []
-            steps, waited = trainer.timed_steps(min(wanted, left)), waits.seconds
+            steps = trainer.timed_steps(min(wanted, left))
             if len(steps) > 1:  # the first of these starts the loader anew, which a run does once
-                steps, waited = steps[1:], waited[config.train.accumulate :]
-        seconds = statistics.median(steps)
+                steps = steps[1:]
+        seconds = statistics.median(taken for taken, _ in steps)
+        data_wait = sum(waited for _, waited in steps) / max(sum(taken for taken, _ in steps), 1e-9)
         peak = memory_in_use(processes.device)
         counted = _counted_gflops(run)
         extra = _timed_hooks(run, hooks) if short else {}
@@ -84,7 +78,7 @@ def dry_run(config: PretrainConfig, processes: Processes) -> str:
         f"{processes.world_size} process(es)",
         f"step             {seconds:.3g} s (median of {len(steps)}), {speed:.1f} images/s, "
         f"{speed * gflops:.3g} GFLOP/s = {speed * gflops / ceiling:.0%} of the {known} {ceiling:.0f} (MFU)",
-        f"data wait        {sum(waited) / max(sum(steps), 1e-9):.1%} of the step",
+        f"data wait        {data_wait:.1%} of the step",
         f"peak memory      {peak / 2**30:.2f} GiB a process "
         f"({'GPU' if processes.device.type == 'cuda' else 'resident, data and libraries included'}); a GPU would hold "
         f"{planned.total / 2**30:.2f} by formula: parameters, gradients and moments "
@@ -148,23 +142,3 @@ def _timed_hooks(run: PretrainRun, hooks: list[Hook]) -> dict[str, float]:
             spent[f"{times} x {name}"] = (time.perf_counter() - before) * times
     run.model.train()
     return spent
-
-
-class _Waits:
-    """How long each batch of a stream was waited for."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def around(self, batches: Callable[[int], Iterator[T]]) -> Callable[[int], Iterator[T]]:
-        def timed(step: int) -> Iterator[T]:
-            stream = batches(step)
-            while True:
-                before = time.perf_counter()
-                batch = next(stream, None)
-                self.seconds.append(time.perf_counter() - before)
-                if batch is None:
-                    return
-                yield batch
-
-        return timed

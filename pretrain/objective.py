@@ -26,7 +26,7 @@ from mae_transfer.engine.prefetch import prefetch
 from mae_transfer.engine.run_folder import RunFolder, git_commit
 from mae_transfer.engine.state import whole_state
 from mae_transfer.engine.trainer import Trainer
-from mae_transfer.errors import ConfigError, UserError
+from mae_transfer.errors import ConfigError
 from pretrain.config import PretrainConfig
 from pretrain.images import MaskedBatch, MaskedImages, UnreadableCount, batch_stream, open_images
 from pretrain.masking import build_sampler
@@ -37,21 +37,7 @@ from pretrain.planner import training_flops
 def build_model(config: PretrainConfig) -> MaskedAutoencoder:
     """The masked autoencoder of a config, weights drawn from ``run.seed``."""
     torch.manual_seed(config.run.seed)
-    return build_mae(
-        size=config.model.size,
-        image_size=config.data.size,
-        patch_size=config.model.patch,
-        channels=config.data.channels,
-        mask_ratio=config.mask.ratio,
-        norm_pix_loss=config.model.norm_pix_loss,
-        mask_tokens_in_encoder=config.model.mask_tokens_in_encoder,
-        positions=config.model.positions,
-        decoder=config.model.decoder,
-        cross_prediction_ratio=config.model.cross_prediction_ratio,
-        cross_fuse_features=config.model.cross_fuse_features,
-        checkpointing=config.model.checkpointing,
-        **config.model.overrides,
-    )
+    return build_mae(**config.model_arguments)
 
 
 class PretrainRun:
@@ -91,16 +77,9 @@ class PretrainRun:
 
     def _open_images(self) -> Source:
         """The main process looks first: what a scan of a large folder finds is kept for the others."""
-        data, source, error = self.config.data, None, None
-        if self.processes.is_main:
-            try:
-                source = open_images(data, data.roots)
-            except UserError as found:
-                error = found
-        error = self.processes.from_main(error)
-        if error is not None:
-            raise error
-        return source if source is not None else open_images(data, data.roots)
+        data, found = self.config.data, []
+        self.processes.on_main(lambda: found.append(open_images(data, data.roots)))
+        return found[0] if found else open_images(data, data.roots)
 
     def count_unreadable(self) -> None:
         """Put together what the processes could not read; all of them call this.

@@ -399,16 +399,4 @@ def _row(name: str, config: PretrainConfig, *, device: Device, gpus: int, share:
 def meta_model(config: PretrainConfig) -> MaskedAutoencoder:
     """The model of a config without its weights."""
     with torch.device("meta"):
-        return build_mae(
-            size=config.model.size,
-            image_size=config.data.size,
-            patch_size=config.model.patch,
-            channels=config.data.channels,
-            mask_ratio=config.mask.ratio,
-            mask_tokens_in_encoder=config.model.mask_tokens_in_encoder,
-            positions=config.model.positions,
-            decoder=config.model.decoder,
-            cross_prediction_ratio=config.model.cross_prediction_ratio,
-            cross_fuse_features=config.model.cross_fuse_features,
-            **config.model.overrides,
-        )
+        return build_mae(**config.model_arguments)

@@ -8,13 +8,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mae_transfer.engine.checkpoints import read_checkpoint_facts
+from mae_transfer.engine.checkpoints import open_state
 from mae_transfer.engine.config import build_config, flatten, to_dict, to_yaml
 from mae_transfer.engine.distribution import Processes, is_restart
 from mae_transfer.engine.metrics import MetricsLog
 from mae_transfer.engine.run_folder import RunFolder, open_run_folder
 from mae_transfer.engine.trainer import Hook
-from mae_transfer.errors import ConfigError, UserError
+from mae_transfer.errors import ConfigError
 from pretrain.config import PretrainConfig
 from pretrain.monitor import monitors
 from pretrain.objective import PretrainRun
@@ -53,8 +53,9 @@ def _train(run: PretrainRun, folder: RunFolder, checkpoint: Path | None, hooks: 
     trainer = run.trainer(folder)
     trainer.hooks = hooks
     if checkpoint is not None:
-        _check_same_run(read_checkpoint_facts(checkpoint)["config"], config)
-        trainer.load(checkpoint)
+        state = open_state(checkpoint)
+        _check_same_run(state.facts["config"], config)
+        trainer.load(state)
         logger.info("continuing from step %d of %d (%s)", trainer.step, run.num_steps, checkpoint)
     else:
         logger.info(
@@ -88,17 +89,7 @@ def _train(run: PretrainRun, folder: RunFolder, checkpoint: Path | None, hooks: 
 
 def _open_folder(config: PretrainConfig, processes: Processes) -> tuple[RunFolder, Path | None]:
     """The main process makes the folder; what it finds out, bad news included, holds for all of them."""
-    found: tuple[RunFolder, Path | None] | UserError | None = None
-    if processes.is_main:
-        try:
-            found = open_run_folder(config.run, restarted=is_restart())
-        except UserError as error:
-            found = error
-    found = processes.from_main(found)
-    if isinstance(found, UserError):
-        raise found
-    assert found is not None
-    return found
+    return processes.on_main(lambda: open_run_folder(config.run, restarted=is_restart()))
 
 
 def _bring_metrics(checkpoint: Path, folder: RunFolder) -> None:

@@ -15,19 +15,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision import transforms
 
 from mae_transfer.benchmark.measure import Contestant, Spread, Timing, environment, race, ratios, table, write_json
+from mae_transfer.benchmark.peers import literal_transform
+from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD
 from mae_transfer.data.find import open_source
 from mae_transfer.data.sampler import StepSampler
 from mae_transfer.data.source import scan_folders
 from mae_transfer.data.transforms import normalise
 from mae_transfer.errors import ConfigError
-from pretrain.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from pretrain.config import DataConfig
 from pretrain.images import MaskedImages
 from pretrain.masking import build_sampler
 
-_SCALE = (0.2, 1.0)  # paper, Table 8
 _PATCHES = (14, 14)
 
 
@@ -158,14 +158,7 @@ class PillowImages(Dataset[Tensor]):
 
     def __init__(self, paths: Sequence[Path], *, size: int) -> None:
         self.paths = paths
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(size, scale=_SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
-        )
+        self.transform = literal_transform(size)
 
     def __len__(self) -> int:
         return len(self.paths)

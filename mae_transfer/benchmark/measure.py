@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mae_transfer.engine.hardware import resident_bytes
 from mae_transfer.errors import RunFailed, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -193,7 +192,7 @@ def _serve(contestant: Contestant, threads: int, pipe: Connection) -> None:
     try:
         contestant.imports()
         F.linear(torch.ones(8, 8), torch.ones(8, 8))  # libraries take their own memory with the first product
-        baseline = _resident("VmRSS")
+        baseline = resident_bytes("VmRSS")
         contestant.set_up()
     except UserError as error:
         pipe.send(error)
@@ -205,21 +204,11 @@ def _serve(contestant: Contestant, threads: int, pipe: Connection) -> None:
         except EOFError:  # the benchmark is over
             return
         if question == "memory":
-            pipe.send(_resident("VmHWM") - baseline)
+            pipe.send(resident_bytes("VmHWM") - baseline)
         else:
             before = time.perf_counter()
             contestant.turn()
             pipe.send(time.perf_counter() - before)
-
-
-def _resident(entry: str) -> int:
-    """Resident memory of this process, now (VmRSS) or at its peak (VmHWM), in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:  # not Linux: the peak alone is known
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry + ":"))
 
 
 def environment(threads: int) -> dict[str, Any]:

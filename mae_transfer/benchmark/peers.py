@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torchvision import transforms
 
+from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD
 from mae_transfer.errors import RunFailed, require
 from pretrain.model import MaskedAutoencoder
 
@@ -47,6 +49,18 @@ def hugging_face(model: MaskedAutoencoder) -> nn.Module:
     peer.load_state_dict(hugging_face_keys(model.state_dict()), strict=True)
     check_same_loss(model, peer)
     return peer.train()
+
+
+def literal_transform(size: int) -> transforms.Compose:
+    """The transforms of the paper's code (Table 8), on Pillow images."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from mae_transfer.benchmark.measure import (
     table,
     write_json,
 )
-from mae_transfer.benchmark.peers import hugging_face
+from mae_transfer.benchmark.peers import hugging_face, literal_transform
 from mae_transfer.engine.allocator import keep_freed_memory
 from mae_transfer.engine.optimizer import OptimConfig, build_adamw, decay_groups
 from mae_transfer.errors import ConfigError, require
@@ -97,11 +97,8 @@ class Step(Contestant):
         model = self.setting.model()
         config = OptimConfig()
         self.model: nn.Module = hugging_face(model) if self.peer else model.train()
-        if self.peer:
-            # What transformers' Trainer uses: torch's fused AdamW, decay on all but biases and norms.
-            self.optimizer = build_adamw(decay_groups(self.model, config.weight_decay), config)
-        else:
-            self.optimizer = build_adamw(decay_groups(model, config.weight_decay), config)
+        # For the peer too what transformers' Trainer uses: torch's fused AdamW, decay on all but biases and norms.
+        self.optimizer = build_adamw(decay_groups(self.model, config.weight_decay), config)
         if self.setting.data is None:
             size = self.setting.image_size
             images = torch.randn(self.setting.batch_size, 3, size, size)
@@ -152,23 +149,10 @@ def our_batches(setting: Setting, model: MaskedAutoencoder) -> Iterator[tuple[Te
 
 def literal_batches(setting: Setting) -> Iterator[tuple[Tensor, None]]:
     """torchvision's ImageFolder and transforms, as in the code of the paper, in the training process."""
-    require("torchvision", "pretrain")
     from torch.utils.data import DataLoader
-    from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD
-
-    bicubic = transforms.InterpolationMode.BICUBIC
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(setting.image_size, scale=(0.2, 1.0), interpolation=bicubic),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-    dataset = ImageFolder(str(setting.data), transform)
+    dataset = ImageFolder(str(setting.data), literal_transform(setting.image_size))
     loader = DataLoader(dataset, setting.batch_size, shuffle=True, drop_last=True)
     while True:
         for images, _ in loader:

@@ -9,13 +9,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from mae_transfer.checkpoint import atomic_write
 from mae_transfer.data.names import Names
 from mae_transfer.errors import DataError
 
@@ -197,13 +197,8 @@ def load_arrays(cache: Path, kind: str, key: str) -> dict[str, np.ndarray] | Non
 def keep_arrays(cache: Path, kind: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays for next time; where that is not possible, there is simply no next time."""
     path = _cache_file(cache, kind, key)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, format=np.array([_FORMAT]), key=np.frombuffer(os.fsencode(key), np.uint8), **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         logger.info("the list of files is not kept: %s", error)

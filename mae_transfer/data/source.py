@@ -21,8 +21,6 @@ from mae_transfer.data.decode import Picture, Pixels, is_picture, open_array, op
 from mae_transfer.data.names import Names, Parts
 from mae_transfer.errors import DataError
 
-EXTENSIONS = scan.IMAGES
-
 
 class Source(ABC):
     """Images by number. The numbering is part of what a seed means: it depends on the names alone.

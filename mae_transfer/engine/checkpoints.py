@@ -117,39 +117,53 @@ def verify_checkpoint(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is damaged: the content of {damaged} has changed since it was saved")
 
 
-def read_checkpoint_facts(path: Path) -> dict[str, Any]:
-    """Everything of a training state but its tensors: ``step``, ``config`` and so on."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """A training state that was opened once, to be looked at and then put back.
+
+    Attributes:
+        facts: everything but its tensors: ``step``, ``config`` and so on.
+        whole: the tensors of a state in one file, as ``training_tensors`` names them; None for a sharded one, of which
+            each process reads its part when it is put back.
+    """
+
+    path: Path
+    facts: dict[str, Any]
+    whole: dict[str, Tensor] | None
+
+    def restore(
+        self, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None, alone: bool
+    ) -> None:
+        """Put the tensors into model, optimiser and average, sharded or not.
+
+        Args:
+            alone: one process; several call this together.
+
+        Raises:
+            CheckpointError: unreadable, or of another model.
+        """
+        own = training_tensors(model, optimizer, average)
+        if self.whole is None:
+            fill_from_shards(self.path, own, alone=alone)
+        else:
+            own = shard_like(self.whole, own, source=str(self.path))
+        set_training_tensors(model, optimizer, average, own)
+
+
+def open_state(path: Path) -> TrainingState:
+    """Open a training state of either kind.
+
+    Raises:
+        CheckpointError: unreadable, or of another format.
+    """
     if path.is_dir():
         facts = read_facts(path)
         _check_format(facts, path)
-        return facts
-    return {name: value for name, value in load_file(path).items() if name not in _SECTIONS}
-
-
-def restore(
-    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None, alone: bool
-) -> dict[str, Any]:
-    """Put a training state into model, optimiser and average, sharded or not, and return the facts saved with it.
-
-    Args:
-        alone: one process; several call this together.
-
-    Raises:
-        CheckpointError: unreadable, of another format, or of another model.
-    """
-    own = training_tensors(model, optimizer, average)
-    if path.is_dir():
-        facts = read_checkpoint_facts(path)
-        fill_from_shards(path, own, alone=alone)
-    else:
-        content = load_file(path)
-        facts = {name: value for name, value in content.items() if name not in _SECTIONS}
-        whole = {
-            f"{section}.{name}": tensor for section in _SECTIONS for name, tensor in content.get(section, {}).items()
-        }
-        own = shard_like(whole, own, source=str(path))
-    set_training_tensors(model, optimizer, average, own)
-    return facts
+        return TrainingState(path=path, facts=facts, whole=None)
+    content = load_file(path)
+    sections = {section: content.pop(section) for section in _SECTIONS if section in content}
+    whole = {f"{section}.{name}": tensor for section, part in sections.items() for name, tensor in part.items()}
+    return TrainingState(path=path, facts=content, whole=whole)
 
 
 def load_file(path: Path) -> dict[str, Any]:

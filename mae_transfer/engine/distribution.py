@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from mae_transfer.errors import ConfigError
+from mae_transfer.errors import ConfigError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +67,24 @@ class Processes:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.control)
         return numbers.tolist()
 
-    def from_main(self, value: Any) -> Any:
-        """What the main process has, everywhere. Small objects of our own making only."""
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call ``function`` on the main process; what it returns, or the user's mistake it raises, holds everywhere.
+
+        All processes call this together. Small objects of our own making only.
+        """
         if not self.is_distributed:
-            return value
-        box = [value]
+            return function()
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = function()
+            except UserError as error:
+                box[1] = error
         dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        result, mistake = box
+        if mistake is not None:
+            raise mistake
+        return result
 
     def gather(self, value: Any) -> list[Any]:
         """What every process has, everywhere, by rank. Small objects of our own making only."""

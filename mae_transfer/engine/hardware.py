@@ -65,10 +65,15 @@ def memory_in_use(device: torch.device) -> int:
     """Peak so far in bytes: the most that torch held on a GPU, or that this process had resident (data included)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return resident_bytes("VmHWM")
+
+
+def resident_bytes(entry: str) -> int:
+    """Resident memory of this process, now (VmRSS) or at its peak (VmHWM); where neither is told, an upper bound."""
     try:
         # Not getrusage: on Linux a process started by a large one inherits that one's peak.
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry + ":"))
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere

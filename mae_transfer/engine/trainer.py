@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,9 +19,8 @@ from mae_transfer.data.draws import Draws, Purpose
 from mae_transfer.engine.checkpoints import (
     CheckpointConfig,
     CheckpointWriter,
+    TrainingState,
     latest_checkpoint,
-    read_checkpoint_facts,
-    restore,
 )
 from mae_transfer.engine.distribution import Agreement, Processes
 from mae_transfer.engine.ema import WeightAverage
@@ -213,16 +211,17 @@ class Trainer(Generic[BatchT]):
             self.save()
         return stopping and not done
 
-    def timed_steps(self, count: int) -> list[float]:
-        """Seconds of each of ``count`` real steps, nothing written: what a dry run measures."""
+    def timed_steps(self, count: int) -> list[tuple[float, float]]:
+        """Seconds of each of ``count`` real steps, and how many of them were spent waiting for batches; nothing is
+        written: what a dry run measures."""
         self.model.train()
         batches = self.batches(self.step)
         seconds = []
         for _ in range(count):
-            before = time.perf_counter()
+            self._restart_timer()
             self._train_step(batches)
             self._pending.pop()[2].tolist()  # waits for the device
-            seconds.append(time.perf_counter() - before)
+            seconds.append((time.perf_counter() - self._timer, self._waited))
         return seconds
 
     def _train_step(self, batches: Iterator[BatchT]) -> None:
@@ -387,14 +386,14 @@ class Trainer(Generic[BatchT]):
         self._writer.save(facts, training_tensors(self.model, self.optimizer, self.average))
         self._restart_timer()
 
-    def load(self, path: Path) -> None:
+    def load(self, state: TrainingState) -> None:
         """Go on from a checkpoint, of one process or of several; every process calls it.
 
         Raises:
             ConfigError: it was written with another number of images: samples would not be the same ones.
             CheckpointError: unreadable, or of another model.
         """
-        facts = read_checkpoint_facts(path)
+        facts = state.facts
         if facts["num_samples"] != self.num_samples:
             raise ConfigError(
                 f"the checkpoint was trained on {facts['num_samples']} images an epoch and data.path now gives "
@@ -402,8 +401,7 @@ class Trainer(Generic[BatchT]):
             )
         if facts["step"] > self.num_steps:
             raise ConfigError(f"the checkpoint is at step {facts['step']}, past this run's end at {self.num_steps}")
-        restore(
-            path,
+        state.restore(
             model=self.model,
             optimizer=self.optimizer,
             average=self.average,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mae_transfer.engine.checkpoints import CheckpointConfig, latest_checkpoint, read_checkpoint_facts
+from mae_transfer.engine.checkpoints import CheckpointConfig, latest_checkpoint, open_state
 from mae_transfer.engine.distribution import Processes, processes
 from mae_transfer.engine.metrics import MetricsLog, read_metrics
 from mae_transfer.engine.optimizer import OptimConfig, build_adamw, decay_groups
@@ -133,7 +133,7 @@ def test_resumed_to_the_last_bit(tmp_path: Path, regression: Callable[..., Regre
     second = regression(tmp_path / "parts", num_steps=9, last_step=6)
     latest = latest_checkpoint(second.folder.checkpoints)
     assert latest is not None and latest.name == "step-00000006.pt"
-    second.trainer.load(latest)
+    second.trainer.load(open_state(latest))
     second.trainer.run()
     assert second.losses() == whole.losses()
     assert torch.equal(second.model.weight, whole.model.weight)
@@ -195,7 +195,7 @@ def test_a_signal_saves_and_stops_after_the_step(
     assert stopped_by == number.name
     assert len(run.losses()) == run.trainer.step == 5  # noticed after the step that follows
     latest = latest_checkpoint(run.folder.checkpoints)
-    assert latest is not None and read_checkpoint_facts(latest)["step"] == 5
+    assert latest is not None and open_state(latest).facts["step"] == 5
     assert signal.getsignal(number) is before
 
 
@@ -205,9 +205,9 @@ def test_other_data_is_no_continuation(tmp_path: Path, regression: Callable[...,
     latest = latest_checkpoint(run.folder.checkpoints)
     assert latest is not None
     with pytest.raises(ConfigError, match="trained on 24 images"):
-        regression(tmp_path / "b", num_samples=25).trainer.load(latest)
+        regression(tmp_path / "b", num_samples=25).trainer.load(open_state(latest))
     with pytest.raises(ConfigError, match="past this run's end"):
-        regression(tmp_path / "c", num_steps=5).trainer.load(latest)
+        regression(tmp_path / "c", num_steps=5).trainer.load(open_state(latest))
 
 
 def test_precision() -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.pretrain.small import timeless
+from tests.pretrain.small import children, timeless
 
 TOOL = str(Path(__file__).parents[2] / "tools" / "pretrain.py")
 
@@ -111,8 +111,7 @@ def frozen_while_saving(process: int, run: Path) -> bool:
 
 def signal_all(process: int, number: signal.Signals) -> None:
     """To a process and its children: torchrun's live in sessions of their own and would go on without it."""
-    children = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=False).stdout.split()
-    for one in (process, *map(int, children)):
+    for one in (process, *children(process)):
         with suppress(ProcessLookupError):
             os.kill(one, number)
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,29 @@ ARGUMENTS = (
 
 # What differs between two equal runs.
 CLOCK = ("time", "images_per_second", "data_wait", "mfu", "memory_gib", "probe_seconds")
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process has started, torchrun's workers for example."""
+    found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=False)
+    return [int(child) for child in found.stdout.split()]
+
+
+def wait_for(condition: Callable[[], object], *processes: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Until ``condition`` holds.
+
+    Raises:
+        AssertionError: a process ended before, or it took too long; with what they wrote. None is left running.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end or any(process.poll() is not None for process in processes):
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            written = [text for process in processes for text in process.communicate() if text]
+            raise AssertionError("the run ended or took too long: " + "\n".join(written))
+        time.sleep(0.01)
 
 
 def timeless(metrics: Path) -> list[dict[str, Any]]:

@@ -7,15 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mae_transfer.engine.checkpoints import all_checkpoints
 from tests.pictures import write_pictures
-from tests.pretrain.small import ARGUMENTS, timeless
+from tests.pretrain.small import ARGUMENTS, children, timeless, wait_for
 
 LAUNCH = Path(__file__).parents[2] / "tools" / "launch"
 STEPS = 400
@@ -36,16 +34,6 @@ def start(script: str, pictures: Path, run: Path, **environment: str) -> subproc
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment},
         start_new_session=True,
     )
-
-
-def wait_for(condition: Callable[[], object], *processes: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        if time.monotonic() > end or any(process.poll() is not None for process in processes):
-            for process in processes:
-                os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError("\n".join(process.communicate()[0] for process in processes))
-        time.sleep(0.02)
 
 
 def assert_complete(run: Path) -> None:
@@ -78,8 +66,7 @@ def test_two_machines_find_each_other_and_survive_a_death(pictures: Path, tmp_pa
         start("several_nodes.sh", pictures, run, PROCESSES="1", NODES="2", HEAD=head, JOB="test") for _ in range(2)
     ]
     wait_for(lambda: all_checkpoints(run / "checkpoints"), *machines)
-    worker = subprocess.check_output(["pgrep", "-P", str(machines[1].pid)], text=True).split()[0]
-    os.kill(int(worker), signal.SIGKILL)
+    os.kill(children(machines[1].pid)[0], signal.SIGKILL)
     outputs = [machine.communicate(timeout=180)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], "\n".join(outputs)
     assert "continuing from step" in "".join(outputs)

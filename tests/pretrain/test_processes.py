@@ -8,8 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from mae_transfer.errors import run_tool
 from pretrain.cli import main
 from pretrain.load import load_mae
 from tests.pictures import write_pictures
-from tests.pretrain.small import ARGUMENTS, timeless
+from tests.pretrain.small import ARGUMENTS, children, timeless, wait_for
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("ddp", "fsdp2")
@@ -66,15 +65,6 @@ def finish(process: subprocess.Popen[str], seconds: float = 120) -> str:
         raise AssertionError(f"took too long: {process.communicate()[1]}") from error
     assert process.returncode == 0, errors
     return errors
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            process.kill()
-            raise AssertionError(f"the run ended or took too long: {process.communicate()[1]}")
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +157,7 @@ def test_torchrun_restarts_after_a_process_died(
     more = ("train.steps=60", f"train.distributed={strategy}", "log.reconstruct_every_epochs=0", "log.every_steps=2")
     process = launch(arguments(pictures, run, *more), restarts=2)
     wait_for(lambda: all_checkpoints(run / "checkpoints"), process)
-    workers = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
+    workers = children(process.pid)
     os.kill(workers[1], signal.SIGKILL)
     errors = finish(process)
     assert "continuing from step" in errors
@@ -182,7 +172,7 @@ def test_a_signal_to_one_process_stops_both(pictures: Path, tmp_path: Path) -> N
         arguments(pictures, run, "train.steps=100000", "checkpoint.every_steps=50000", "log.every_steps=5")
     )
     wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0, process)
-    workers = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
+    workers = children(process.pid)
     os.kill(workers[1], signal.SIGUSR1)
     errors = process.communicate(timeout=120)[1]
     assert "state saved; continue with run.resume=auto" in errors
@@ -204,7 +194,7 @@ def test_a_full_disk_is_said_and_the_last_good_state_is_whole(pictures: Path, tm
         process = launch(command)
     wait_for(lambda: all_checkpoints(run / "checkpoints"), process)
     if processes == 2:
-        workers = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
+        workers = children(process.pid)
     for worker in workers:  # from now on no file may grow beyond 20 kB: as a full disk
         resource.prlimit(worker, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     errors = process.communicate(timeout=60)[1]

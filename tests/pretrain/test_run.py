@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from pretrain.cli import main
 from pretrain.config import PretrainConfig
 from pretrain.objective import PretrainRun
 from tests.pictures import write_pictures
-from tests.pretrain.small import ARGUMENTS, timeless
+from tests.pretrain.small import ARGUMENTS, timeless, wait_for
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "pretrain" / "tiny.yaml")
@@ -120,14 +119,6 @@ def test_killed_and_resumed_to_the_last_bit(pictures: Path, finished: Path, tmp_
     assert timeless(metrics) == timeless(again / "metrics.jsonl")
     with safe_open(run / "model.safetensors", "pt") as a, safe_open(again / "model.safetensors", "pt") as b:
         assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
-
-
-def wait_for(condition: object, process: subprocess.Popen[str], seconds: float = 60) -> None:
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, "the run ended or took too long"
-        time.sleep(0.01)
 
 
 def test_sigterm_saves_and_exits_75(pictures: Path, tmp_path: Path) -> None:
