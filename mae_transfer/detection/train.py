@@ -101,6 +101,7 @@ def load_data(cfg: DictConfig, *, training: bool) -> tuple[CocoDataset | None, C
             val = val.at_most(dataset.val.max_size)
     if training:
         train_set = load_coco(dataset.train.json, dataset.train.images, categories=categories).with_instances()
+        train_set = train_set.part(dataset.train.get("fraction", 1.0), seed=dataset.train.get("fraction_seed", 0))
     return train_set, val
 
 

@@ -12,9 +12,13 @@ import pytest
 from PIL import Image
 
 from mae_transfer.detection.augment import Augmentation
+from mae_transfer.detection.config import load_config, resolve
 from mae_transfer.detection.dataset import load_coco, read_categories
 from mae_transfer.detection.loader import EvaluationMapper, read_rgb
-from mae_transfer.errors import DataError
+from mae_transfer.detection.train import load_data
+from mae_transfer.errors import ConfigError, DataError
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "detection" / "tiny.py"
 
 
 @pytest.fixture
@@ -73,6 +77,38 @@ def test_at_most_filters_what_is_predicted_and_what_is_compared_with(scenes: Any
     assert {a["image_id"] for a in small.json_dict["annotations"]} == {0, 20}
     with pytest.raises(DataError, match="at most 10 pixels"):
         small.at_most(10)
+
+
+def test_a_part_is_chosen_by_seed_and_ids_alone_and_parts_are_nested(make_scenes: Callable[..., Any]) -> None:
+    scenes = make_scenes(num_images=40, side=24, num_instances=1)
+
+    def chosen(fraction: float, seed: int = 0) -> set[int]:
+        part = load(scenes).part(fraction, seed=seed)
+        ids = {r["image_id"] for r in part.records}
+        assert ids == {image["id"] for image in part.json_dict["images"]}
+        assert ids == {a["image_id"] for a in part.json_dict["annotations"]}
+        return ids
+
+    quarter, half = chosen(0.25), chosen(0.5)
+    assert (len(quarter), len(half), len(chosen(1.0)), len(chosen(0.001))) == (10, 20, 40, 1)
+    assert quarter < half
+    assert chosen(0.25, seed=1) != quarter
+    for key in ("images", "annotations"):
+        scenes.content[key].reverse()
+    assert chosen(0.25) == quarter
+    for fraction in (0, 1.5, -1, float("nan")):
+        with pytest.raises(ConfigError, match=r"dataset\.train\.fraction"):
+            load(scenes).part(fraction, seed=0)
+
+
+def test_training_data_are_the_part_asked_for(make_scenes: Callable[..., Any]) -> None:
+    scenes = make_scenes(num_images=8, side=24, num_instances=1)
+    overrides = [*scenes.overrides, "dataset.train.fraction=0.25", "dataset.train.fraction_seed=3"]
+    train_set, val = load_data(resolve(load_config(TINY, overrides)), training=True)
+    assert train_set is not None
+    assert val is not None
+    assert (len(train_set.records), len(val.records)) == (2, 8)
+    assert train_set.records == load(scenes).part(0.25, seed=3).records
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

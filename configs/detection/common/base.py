@@ -11,7 +11,7 @@ from mae_transfer.detection.model import mask_rcnn
 from mae_transfer.detection.optimizer import adamw, schedule
 
 dataset = dict(
-    train=dict(json=None, images=None),
+    train=dict(json=None, images=None, fraction=1.0, fraction_seed=0),  # fraction: share of the images, chosen by seed
     val=dict(json=None, images=None, max_size=None),  # max_size: leave out images with a longer side
     image_size=1024,
     resize="jitter",  # or native: pixels are not resampled, training takes crops of image_size
