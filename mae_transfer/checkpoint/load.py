@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from mae_transfer.checkpoint.info import EncoderInfo
@@ -42,6 +43,8 @@ class Report:
         resized: tensors that were resized, with the two shapes.
         missing: parameters of the model that the file does not have and that keep their initial value.
         unexpected: tensors of the file that the model has no place for.
+        other_categories: of a whole detector, layers that were trained for another number of categories and keep
+            their initial value.
         info: architecture and input convention of the file.
     """
 
@@ -52,6 +55,7 @@ class Report:
     missing: list[str]
     unexpected: list[str]
     info: EncoderInfo = field(repr=False)
+    other_categories: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         patch, image = "x".join(map(str, self.info.patch_size)), "x".join(map(str, self.info.image_size))
@@ -63,6 +67,8 @@ class Report:
             lines.append("  resized     " + ", ".join(f"{name} {shapes}" for name, shapes in self.resized.items()))
         if self.missing:
             lines.append(f"  missing     {summarise(self.missing)}: new in transfer, initial value kept")
+        if self.other_categories:
+            lines.append(f"  kept        {summarise(self.other_categories)}: of other categories, initial value kept")
         if self.unexpected:
             lines.append(f"  unexpected  {summarise(self.unexpected)}: no place in this model, left out")
         return "\n".join(lines)
@@ -130,11 +136,18 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint) -> Report:
 
 
 def _problems(missing: list[str], unexpected: list[str], mismatched: list[str]) -> list[str]:
+    return list_problems(
+        [name for name in missing if not _NEW_IN_TRANSFER.match(name)],
+        [name for name in unexpected if not (_NOT_OF_THE_ENCODER.match(name) or _OPTIONAL_IN_HOST.match(name))],
+        mismatched,
+    )
+
+
+def list_problems(lacking: list[str], foreign: list[str], mismatched: list[str]) -> list[str]:
+    """What keeps a file from fitting a model, each as part of a sentence; empty where nothing does."""
     problems = []
-    lacking = [name for name in missing if not _NEW_IN_TRANSFER.match(name)]
     if lacking:
         problems.append(f"the file lacks {summarise(lacking)}")
-    foreign = [name for name in unexpected if not (_NOT_OF_THE_ENCODER.match(name) or _OPTIONAL_IN_HOST.match(name))]
     if foreign:
         problems.append(f"the model has no place for {summarise(foreign)}")
     if mismatched:
@@ -144,9 +157,15 @@ def _problems(missing: list[str], unexpected: list[str], mismatched: list[str]) 
 
 
 def fit(name: str, tensor: Tensor, own: Tensor, vit: VisionTransformer, info: EncoderInfo) -> Tensor:
-    """``tensor`` resized to the model's ``own`` where it is a position table of another grid; itself otherwise."""
+    """``tensor`` resized to the model's ``own`` where it is a position table of another grid, or the projection of
+    patches whose side is no power of two (14) where the model's is the nearest one (16); itself otherwise."""
+    if name == "patch_embed.proj.weight":
+        nearest = tuple(2 ** round(math.log2(side)) for side in info.patch_size)
+        if tensor.shape != own.shape and tensor.shape[:2] == own.shape[:2] and own.shape[2:] == nearest:
+            return resize_projection(tensor, nearest)
+        return tensor
     if name == "pos_embed":
-        if tensor.shape == vit.pos_embed.shape or tensor.shape[2] != vit.width:
+        if tensor.shape[2] != vit.width:
             return tensor
         return resize_pos_embed(tensor, info.grid, vit.grid)
     if not name.endswith(("rel_pos_h", "rel_pos_w", "relative_position_bias_table")):
@@ -164,6 +183,16 @@ def fit(name: str, tensor: Tensor, own: Tensor, vit: VisionTransformer, info: En
         info.grid if (2 * info.grid[0] - 1) * (2 * info.grid[1] - 1) + extra == tensor.shape[0] else (side, side)
     )
     return resize_bias_table(tensor, grid_from, grid_to)
+
+
+def resize_projection(weight: Tensor, patch_size: tuple[int, ...]) -> Tensor:
+    """The patch projection (D, C, p, p) for patches of another side: bicubic, values not rescaled.
+
+    As ViTDet takes its huge encoder from 14 to 16 pixels; the code is that of its authors' next paper (Hu et al. 2022,
+    issue 2 of facebookresearch/long_seq_mae).
+    """
+    resized = F.interpolate(weight.float(), size=patch_size, mode="bicubic", align_corners=False)
+    return resized.to(weight.dtype)
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mae_transfer.checkpoint.files import read_safetensors, read_torch
 from mae_transfer.checkpoint.info import EncoderInfo, infer_info
+from mae_transfer.checkpoint.pickles import read_pickle
 from mae_transfer.checkpoint.sharded import is_sharded, read_facts, read_shards
 from mae_transfer.errors import CheckpointError
 
@@ -47,20 +48,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: missing, damaged, unsafe, or of an unknown family.
     """
     path = resolve_path(path)
-    metadata: dict[str, str] = {}
-    if path.is_dir():
-        tensors = {name.removeprefix("model."): tensor for name, tensor in read_shards(path, "model.").items()}
-        metadata = {str(key): str(value) for key, value in read_facts(path).get("metadata", {}).items()}
-    elif path.suffix == ".safetensors":
-        tensors, metadata = read_safetensors(path)
-        content: Any = tensors
-    else:
-        content = read_torch(path)
-        tensors = find_state_dict(content, path)
-        if isinstance(content, Mapping) and isinstance(content.get("metadata"), Mapping):
-            metadata = {str(key): str(value) for key, value in content["metadata"].items()}
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors; expected the weights of a Vision Transformer")
+    tensors, metadata = read_tensors(path)
     tensors, prefix = strip_prefix(tensors)
     if metadata.get("family"):
         info = EncoderInfo.from_metadata(metadata, str(path))
@@ -68,6 +56,29 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     family = recognise(tensors, prefix)
     info = infer_info(tensors, family=family, source=str(path))
     return Checkpoint(path=path, family=family, tensors=tensors, info=info, has_metadata=False)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by the names they have in the file, and metadata, of any file that ``read_checkpoint`` takes.
+
+    Raises:
+        CheckpointError: missing, damaged, unsafe, or without tensors.
+    """
+    path = resolve_path(path)
+    metadata: dict[str, str] = {}
+    if path.is_dir():
+        tensors = {name.removeprefix("model."): tensor for name, tensor in read_shards(path, "model.").items()}
+        metadata = {str(key): str(value) for key, value in read_facts(path).get("metadata", {}).items()}
+    elif path.suffix == ".safetensors":
+        tensors, metadata = read_safetensors(path)
+    else:
+        content = read_pickle(path) if path.suffix == ".pkl" else read_torch(path)
+        tensors = find_state_dict(content, path)
+        if isinstance(content, Mapping) and isinstance(content.get("metadata"), Mapping):
+            metadata = {str(key): str(value) for key, value in content["metadata"].items()}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors; expected the weights of a Vision Transformer")
+    return tensors, metadata
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -85,7 +96,7 @@ def resolve_path(path: str | Path) -> Path:
             )
         return inside
     if not path.exists():
-        raise CheckpointError(f"checkpoint {path} does not exist; give the path of a .safetensors or .pth file")
+        raise CheckpointError(f"checkpoint {path} does not exist; give the path of a .safetensors, .pth or .pkl file")
     return path
 
 
