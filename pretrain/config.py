@@ -183,6 +183,7 @@ class PretrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    init_checkpoint: str | None = None  # weights to start from, to go on pretraining on other images; null: random
 
     def __post_init__(self) -> None:
         (height, width), (p_h, p_w) = self.data.size, self.model.patch

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mae_transfer.checkpoint import EncoderInfo, read_checkpoint
+from mae_transfer.checkpoint import EncoderInfo, encoder_state, read_checkpoint
 from mae_transfer.checkpoint.sharded import is_sharded
 from mae_transfer.engine.checkpoints import latest_checkpoint
 from mae_transfer.errors import CheckpointError
+from mae_transfer.position import resize_pos_embed
 from mae_transfer.sizes import SIZES
 from pretrain.model import MaskedAutoencoder
 
@@ -68,6 +69,51 @@ def load_mae(path: str | Path) -> LoadedMAE:
         )
     model.load_state_dict(tensors)
     return LoadedMAE(model=model.eval(), info=info, path=path)
+
+
+def load_initial_weights(model: MaskedAutoencoder, path: str | Path) -> str:
+    """Start pretraining from weights that exist: another run's, or published ones.
+
+    The encoder is loaded strictly, the decoder too where the file has one that fits; without one it stays as drawn.
+    Tables of positions that are a fixed function of the grid are the model's own. Learned ones of another grid are
+    resized.
+
+    Returns:
+        What was done, for the log.
+
+    Raises:
+        CheckpointError: unreadable, or an encoder or a decoder of another architecture. The model is left untouched.
+    """
+    path = _model_file(Path(path))
+    checkpoint = read_checkpoint(path)
+    if checkpoint.info.positions != model.positions:
+        raise CheckpointError(
+            f"{path} was trained with {checkpoint.info.positions} positions, this model has {model.positions} ones; "
+            f"set model.positions={checkpoint.info.positions}"
+        )
+    own, given = model.state_dict(), dict(checkpoint.tensors)
+    tables = {"pos_embed": checkpoint.info.grid, "decoder_pos_embed": checkpoint.info.grid}
+    for name, grid in tables.items():
+        if model.positions == "sincos":
+            given[name] = own[name]
+        elif name in given:
+            given[name] = resize_pos_embed(given[name], grid, model.grid)
+    decoder = {name for name in own if name not in encoder_state(own)}
+    if not any(name in checkpoint.tensors for name in decoder):
+        given = {**encoder_state(given), **{name: own[name] for name in decoder}}
+        what = "encoder loaded; the file has no decoder, which starts from random weights"
+    else:
+        what = "encoder and decoder loaded"
+    wrong = sorted(own.keys() ^ given.keys())
+    wrong += [name for name in own if name in given and given[name].shape != own[name].shape]
+    if wrong:
+        shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise CheckpointError(
+            f"{path} does not fit this model: {shown} lacking, besides, or of another shape; set model.size, "
+            "model.patch_size and the decoder's numbers to the file's, or give its encoder alone"
+        )
+    model.load_state_dict(given)
+    return f"{path}: {what}"
 
 
 def _model_file(path: Path) -> Path:

@@ -16,6 +16,7 @@ from mae_transfer.engine.run_folder import RunFolder, open_run_folder
 from mae_transfer.engine.trainer import Hook
 from mae_transfer.errors import ConfigError
 from pretrain.config import PretrainConfig
+from pretrain.load import load_initial_weights
 from pretrain.monitor import monitors
 from pretrain.objective import PretrainRun
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 _FREE_ON_RESUME = (
     *("run.dir", "run.resume", "run.overwrite", "checkpoint.", "log.", "probe.", "data.workers"),
     *("data.path", "data.val_path", "data.scan_cache", "data.max_unreadable", "train.max_skipped", "train.device"),
+    # Weights that a run began with; one that goes on has its own.
+    "init_checkpoint",
     # The same batches and, but for rounding, the same numbers: what another number of machines may make necessary.
     *("train.distributed", "train.accumulate", "train.compile", "model.checkpointing"),
 )
@@ -42,6 +45,8 @@ def pretrain(config: PretrainConfig, processes: Processes) -> str | None:
     """
     # First, as a mistake in config or data leaves no folder behind.
     run = PretrainRun(config, processes)
+    if config.init_checkpoint is not None:
+        logger.info("%s", load_initial_weights(run.model, config.init_checkpoint))
     hooks = monitors(run, RunFolder(config.run.dir))
     folder, checkpoint = _open_folder(config, processes)
     with folder.in_use() if processes.is_main else nullcontext():
