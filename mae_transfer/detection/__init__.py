@@ -8,7 +8,8 @@ from mae_transfer.errors import require
 
 require("detectron2", "detection")
 
-from mae_transfer.detection.backbone import MAEBackbone, add_mae_config  # noqa: E402
+from mae_transfer.detection.backbone import MAEBackbone  # noqa: E402
 from mae_transfer.detection.model import mask_rcnn  # noqa: E402
+from mae_transfer.detection.yacs import add_mae_config, build_optimizer  # noqa: E402
 
-__all__ = ["MAEBackbone", "add_mae_config", "mask_rcnn"]
+__all__ = ["MAEBackbone", "add_mae_config", "build_optimizer", "mask_rcnn"]

@@ -6,15 +6,12 @@ State-dict keys of the encoder are ``backbone.net.*`` in a Detectron2 model, as 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
-from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, load_backbone
 from mae_transfer.errors import ConfigError
 from mae_transfer.pyramid import STRIDES, FourTapPyramid, SimpleFeaturePyramid
 from mae_transfer.sizes import get_size, quarter_blocks
@@ -157,62 +154,3 @@ def mae_backbone(
         checkpointing=checkpointing,
     )
     return MAEBackbone(net, pyramid=pyramid, out_channels=out_channels, norm=norm, square_size=square_size)
-
-
-def add_mae_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.MAE`` to a yacs config, and turn its input to what MAE was trained on: RGB, ImageNet mean and std.
-
-    Detectron2's own defaults are BGR and a std of 1, with which a pretrained encoder sees images it never saw.
-    """
-    node = CfgNode()
-    node.SIZE = "base"
-    node.PATCH_SIZE = 16
-    node.IMAGE_SIZE = 1024
-    node.POSITION_SIZE = 224
-    node.OUT_CHANNELS = 256
-    node.NORM = "LN"
-    node.WINDOW_SIZE = 14
-    node.RELATIVE_POSITION = "decomposed"
-    node.DROP_PATH = 0.1
-    node.SQUARE_SIZE = 0
-    node.INIT_CHECKPOINT = ""
-    cfg.MODEL.MAE = node
-    cfg.INPUT.FORMAT = "RGB"
-    cfg.MODEL.PIXEL_MEAN = [255 * value for value in IMAGENET_MEAN]
-    cfg.MODEL.PIXEL_STD = [255 * value for value in IMAGENET_STD]
-
-
-def _from_yacs(cfg: CfgNode, pyramid: str) -> MAEBackbone:
-    if "MAE" not in cfg.MODEL:
-        raise ConfigError("the config has no MODEL.MAE; call mae_transfer.detection.add_mae_config(cfg) first")
-    if cfg.INPUT.FORMAT != "RGB":
-        raise ConfigError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}; MAE encoders are trained on RGB")
-    node: Any = cfg.MODEL.MAE
-    backbone = mae_backbone(
-        size=node.SIZE,
-        patch_size=node.PATCH_SIZE,
-        image_size=node.IMAGE_SIZE,
-        position_size=node.POSITION_SIZE,
-        pyramid=pyramid,
-        out_channels=node.OUT_CHANNELS,
-        norm=node.NORM,
-        window_size=node.WINDOW_SIZE,
-        relative_position=node.RELATIVE_POSITION or None,
-        drop_path=node.DROP_PATH,
-        square_size=node.SQUARE_SIZE,
-    )
-    if node.INIT_CHECKPOINT:
-        load_backbone(backbone.net, node.INIT_CHECKPOINT)
-    return backbone
-
-
-@BACKBONE_REGISTRY.register()
-def build_mae_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MAEBackbone:
-    """ViT and simple feature pyramid (ViTDet) from a yacs config with ``add_mae_config``."""
-    return _from_yacs(cfg, "sfp")
-
-
-@BACKBONE_REGISTRY.register()
-def build_mae_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MAEBackbone:
-    """ViT, four taps and FPN (Li et al. 2021) from a yacs config with ``add_mae_config``."""
-    return _from_yacs(cfg, "fpn")
