@@ -26,9 +26,11 @@ class Augmentation:
 
     Attributes:
         image_size: side of the square that training crops fit in, in pixels.
-        resize: "jitter" = large-scale jitter: the image is resized to fit ``scale`` x the square, then cropped to it,
-            and in evaluation its longer side becomes ``image_size``. "native" = pixels are never resampled: training
-            takes a crop of the square's size, evaluation the whole image.
+        resize: "jitter" = large-scale jitter as ViTDet and Li et al. have it, to the same numbers as Detectron2's
+            RandomFlip, ResizeScale and FixedSizeCrop(pad=False): the image is flipped, resized to fit ``scale`` x the
+            square, and cropped to the square where it is larger, with or without instances in it. In evaluation its
+            longer side becomes ``image_size``. "native" = pixels are never resampled: training takes a crop of the
+            square's size that holds an instance, evaluation the whole image.
         scale: smallest and largest factor of the jitter (ViTDet and Li et al.: 0.1 to 2).
         flips: each is applied to half of the samples.
     """
@@ -54,32 +56,57 @@ class Augmentation:
         """The transforms of one training sample.
 
         Args:
-            boxes: (M, 4) of x0, y0, x1, y1: the instances among which a crop must keep at least one centre.
+            boxes: (M, 4) of x0, y0, x1, y1: the instances of which a native crop must keep at least one centre.
         """
         draws = Draws(seed=seed, purpose=Purpose.CROP, epoch=epoch, index=index)
-        transforms: list[T.Transform] = []
         if self.resize == "jitter":
-            factor = self.scale[0] + (self.scale[1] - self.scale[0]) * draws.uniform(1)[0]
-            resized = fit_inside(height, width, self.image_size * factor)
-            transforms.append(_Resize(height, width, *resized, Image.Resampling.BILINEAR))
-            boxes = boxes * np.array([resized[1] / width, resized[0] / height] * 2)
-            height, width = resized
+            return T.TransformList(self._jitter(height, width, draws))
+        return T.TransformList(self._native(height, width, boxes, draws))
+
+    @property
+    def smallest_visible(self) -> float:
+        """Pixels of an instance's box that must be seen in both directions, after resizing.
+
+        The published recipe keeps whatever is seen at all. Of an image that is not resampled, less than a pixel is a
+        sliver at the edge of the crop.
+        """
+        return 1.0 if self.resize == "native" else 0.0
+
+    def _jitter(self, height: int, width: int, draws: Draws) -> list[T.Transform]:
+        transforms = self._flips(height, width, draws)
+        factor = self.scale[0] + (self.scale[1] - self.scale[0]) * draws.uniform(1)[0]
+        resized = fit_inside(height, width, self.image_size * factor)
+        transforms.append(_Resize(height, width, *resized, Image.Resampling.BILINEAR))
+        height, width = resized
+        crop_height, crop_width = min(height, self.image_size), min(width, self.image_size)
+        if (crop_height, crop_width) != (height, width):
+            place = draws.uniform(1)[0]  # one for both directions: crops lie on the diagonal, as published
+            y, x = round((height - crop_height) * place), round((width - crop_width) * place)
+            transforms.append(T.CropTransform(x, y, crop_width, crop_height, width, height))
+        return transforms
+
+    def _native(self, height: int, width: int, boxes: np.ndarray, draws: Draws) -> list[T.Transform]:
+        transforms: list[T.Transform] = []
         crop_height, crop_width = min(height, self.image_size), min(width, self.image_size)
         if (crop_height, crop_width) != (height, width):
             x, y = crop_place(height, width, crop_height, crop_width, boxes, draws)
             transforms.append(T.CropTransform(x, y, crop_width, crop_height, width, height))
+        return transforms + self._flips(crop_height, crop_width, draws)
+
+    def _flips(self, height: int, width: int, draws: Draws) -> list[T.Transform]:
         flip = draws.uniform(2) < 0.5
+        transforms: list[T.Transform] = []
         if flip[0] and "horizontal" in self.flips:
-            transforms.append(T.HFlipTransform(crop_width))
+            transforms.append(T.HFlipTransform(width))
         if flip[1] and "vertical" in self.flips:
-            transforms.append(T.VFlipTransform(crop_height))
-        return T.TransformList(transforms)
+            transforms.append(T.VFlipTransform(height))
+        return transforms
 
     def evaluation(self, height: int, width: int) -> T.TransformList:
         """The transforms of an image that is predicted on."""
         if self.resize == "native":
             return T.TransformList([])
-        resized = fit_inside(height, width, self.image_size)
+        resized = T.ResizeShortestEdge.get_output_shape(height, width, self.image_size, self.image_size)
         return T.TransformList([_Resize(height, width, *resized, Image.Resampling.BILINEAR)])
 
 

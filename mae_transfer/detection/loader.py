@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import detectron2.data.transforms as T
 import numpy as np
 import torch
-from detectron2.data import build_detection_test_loader
+from detectron2.data import MapDataset
 from detectron2.data import detection_utils as utils
+from detectron2.data.samplers import InferenceSampler
 from detectron2.structures import BoxMode
 from torch.utils.data import DataLoader, Dataset
 
@@ -66,7 +68,7 @@ class TrainingSamples(Dataset):
         seen = [
             copy.deepcopy(instance)
             for instance, box in zip(instances, transforms.apply_box(boxes) if len(boxes) else boxes)
-            if min(box[2], size[1]) - max(box[0], 0) >= 1 and min(box[3], size[0]) - max(box[1], 0) >= 1
+            if _is_visible(box, size, self.augmentation.smallest_visible)
         ]
         return {
             "image": to_tensor(image),
@@ -98,21 +100,24 @@ def build_train_loader(
     start_iter: int,
     max_iter: int,
     num_workers: int,
+    accumulate: int = 1,
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """Batches for iterations ``start_iter`` to ``max_iter``; ``batch_size`` counts all processes together."""
+    """``accumulate`` micro-batches for each of the iterations ``start_iter`` to ``max_iter``; ``batch_size`` counts
+    all of them, in all processes, together."""
     sampler = StepSampler(
         num_samples=len(dataset.records),
         batch_size=batch_size,
         seed=seed,
         start_step=start_iter,
         stop_step=max_iter,
+        accumulate=accumulate,
         rank=rank,
         world_size=world_size,
     )
-    return DataLoader(
-        TrainingSamples(dataset, augmentation, seed=seed),
+    return _Batches(
+        _Readable(TrainingSamples(dataset, augmentation, seed=seed)),
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_as_list,
@@ -122,13 +127,51 @@ def build_train_loader(
 
 def build_test_loader(dataset: CocoDataset, augmentation: Augmentation, *, num_workers: int) -> DataLoader:
     """One image at a time, split among the processes by Detectron2's own sampler."""
-    return build_detection_test_loader(
-        dataset=dataset.records, mapper=EvaluationMapper(augmentation), num_workers=num_workers
+    return _Batches(
+        _Readable(MapDataset(dataset.records, EvaluationMapper(augmentation))),
+        sampler=InferenceSampler(len(dataset.records)),
+        batch_size=1,
+        num_workers=num_workers,
+        collate_fn=_as_list,
+        worker_init_fn=ignore_stop_signals,
     )
+
+
+class _Readable(Dataset):
+    """Samples, or the error in place of one that cannot be read: raised in a worker it would come with a traceback."""
+
+    def __init__(self, samples: Dataset) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.samples[key]
+        except DataError as error:
+            return error
+
+
+class _Batches(DataLoader):
+    """Lists of samples; an unreadable one is raised in this process, as the error that it was in its worker."""
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:  # type: ignore[override]
+        for batch in super().__iter__():
+            for sample in batch:
+                if isinstance(sample, DataError):
+                    raise DataError(f"{sample}; tools/check_dataset.py finds every such image before a run")
+            yield batch
 
 
 def _as_list(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return samples
+
+
+def _is_visible(box: np.ndarray, size: tuple[int, int], pixels: float) -> bool:
+    """Whether ``pixels`` or more of a box (x0, y0, x1, y1), and anything at all, lie within the image."""
+    seen = min(min(box[2], size[1]) - max(box[0], 0), min(box[3], size[0]) - max(box[1], 0))
+    return bool(seen >= pixels and seen > 0)
 
 
 def _boxes(instances: list[dict[str, Any]]) -> np.ndarray:

@@ -68,6 +68,7 @@ def test_images_without_instances_are_evaluated_but_not_trained_on(scenes: Any) 
 
 
 def test_at_most_filters_what_is_predicted_and_what_is_compared_with(scenes: Any) -> None:
+    Image.new("RGB", (64, 48)).save(scenes.images / "001.png")
     scenes.content["images"][1].update(height=48, width=64)
     for annotation in scenes.content["annotations"]:
         if isinstance(annotation["segmentation"], dict) and annotation["image_id"] == 10:
@@ -111,13 +112,16 @@ def test_training_data_are_the_part_asked_for(make_scenes: Callable[..., Any]) -
     assert train_set.records == load(scenes).part(0.25, seed=3).records
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_outlines_that_are_none_are_left_out(scenes: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_outlines_that_are_none_are_left_out_of_training_and_of_evaluation(
+    scenes: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     scenes.content["annotations"][0]["segmentation"] = [[1, 1, 2, 2]]
     scenes.content["annotations"][1]["segmentation"] = [[5, 5, 5, 9, 5, 12]]
     dataset = load(scenes)
     assert len(dataset.records[0]["annotations"]) == 2
-    assert "2 instances have no usable outline" in caplog.text
+    assert {1, 2}.isdisjoint(a["id"] for a in dataset.json_dict["annotations"])
+    assert "left out: image 0 (000.png), annotation 1: outline that has fewer than three points" in caplog.text
+    assert "left out: image 0 (000.png), annotation 2: outline that encloses no area" in caplog.text
 
 
 def test_uncompressed_rle_is_read(scenes: Any) -> None:
@@ -167,7 +171,7 @@ def _break(scenes: Any, how: str) -> None:
         ("foreign image", "image 999"),
         ("foreign category", "category 5"),
         ("no outline", "has no segmentation"),
-        ("image gone", "1 of the 3 images"),
+        ("image gone", "image 10: missing image file: .*001.png is not there"),
         ("wrong rle size", "its image is"),
         ("no height", "lacks height"),
     ],
