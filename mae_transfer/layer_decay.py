@@ -45,6 +45,29 @@ def layer_scale(name: str, *, depth: int, rate: float) -> float:
     return rate ** (depth + 1 - layer_id(name, depth))
 
 
+def freeze_blocks(model: nn.Module, *, depth: int, num_blocks: int) -> list[str]:
+    """Stop training the embeddings and the first ``num_blocks`` blocks of the encoder in ``model``; 0 for nothing.
+
+    A table that blocks share goes on being trained while one of them is.
+
+    Returns:
+        The names of what is frozen.
+
+    Raises:
+        ConfigError: the encoder has fewer blocks.
+    """
+    if not 0 <= num_blocks <= depth:
+        raise ConfigError(f"cannot freeze {num_blocks} blocks: the encoder has {depth}; expected 0 to {depth}")
+    if not num_blocks:
+        return []
+    named = list(model.named_parameters(remove_duplicate=False))
+    trained = {id(parameter) for name, parameter in named if layer_id(name, depth) > num_blocks}
+    frozen = [(name, parameter) for name, parameter in named if id(parameter) not in trained]
+    for _, parameter in frozen:
+        parameter.requires_grad_(False)
+    return [name for name, _ in frozen]
+
+
 NoDecay = Callable[[str, Tensor], bool]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyConfig
 from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, read_checkpoint
 from mae_transfer.detection.augment import Augmentation
 from mae_transfer.detection.dataset import Category, read_categories
+from mae_transfer.detection.settings import check_settings, one_length, settle_length
 from mae_transfer.engine.files import write_text
 from mae_transfer.errors import ConfigError, unknown_key
 from mae_transfer.sizes import get_size
@@ -35,7 +36,8 @@ DERIVED = {
     "model.pixel_mean": "train.init_checkpoint, or dataset.mean",
     "model.pixel_std": "train.init_checkpoint, or dataset.std",
     "optimizer.model": "the model section",
-    "schedule.max_iter": "train.max_iter",
+    "optimizer.batch_size": "train.batch_size",
+    "schedule.max_iter": "train.max_iter, or train.epochs and the number of images",
 }
 _OUR_CODE = "mae_transfer.detection."
 
@@ -55,6 +57,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         raise ConfigError(f"config file {path} has no {' and no '.join(absent)}; see configs/detection/common/base.py")
     for override in overrides:
         _apply(cfg, override)
+    one_length(cfg, [override.partition("=")[0] for override in overrides])
     return cfg
 
 
@@ -157,14 +160,12 @@ def resolve(cfg: DictConfig, *, training: bool = True) -> DictConfig:
     cfg = copy.deepcopy(cfg)
     OmegaConf.resolve(cfg)
     dataset, train, model = cfg.dataset, cfg.train, cfg.model
-    for key in ("max_iter", "batch_size"):
-        if not isinstance(train[key], int) or train[key] < 1:
-            raise ConfigError(f"train.{key}={train[key]}: expected a whole number above 0")
     # The config of a run knows its categories; evaluating it does not need the training data any more.
     if training or not dataset.get("categories"):
         _require_pair(dataset, "train", needed=True)
         dataset.categories = [asdict(category) for category in read_categories(dataset.train.json)]
     _require_pair(dataset, "val", needed=not training)
+    check_settings(cfg)
 
     augmentation = build_augmentation(cfg)
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -183,8 +184,8 @@ def resolve(cfg: DictConfig, *, training: bool = True) -> DictConfig:
     model.square_size = augmentation.image_size if augmentation.resize == "jitter" else 0
     if model.image_size % model.patch_size:
         raise ConfigError(f"dataset.image_size={model.image_size} is no multiple of the patch size {model.patch_size}")
-    cfg.schedule.max_iter = train.max_iter
-    instantiate(cfg.schedule)  # its errors now, rather than after the data is read
+    cfg.optimizer.batch_size = train.batch_size
+    settle_length(cfg)
     return cfg
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mae_transfer.errors import RunFailed, UserError
+
 _LOGGERS = ("detectron2", "fvcore", "mae_transfer")
 _FORMAT = "[%(asctime)s %(name)s] %(message)s"
 
@@ -24,6 +26,7 @@ def log_to(folder: Path, rank: int = 0) -> Iterator[None]:
         handlers.append(logging.StreamHandler(sys.stdout))
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for handler in handlers:
+        handler.addFilter(_is_no_known_failure)
         handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%m-%d %H:%M:%S"))
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
@@ -38,3 +41,8 @@ def log_to(folder: Path, rank: int = 0) -> Iterator[None]:
                 logging.getLogger(name).removeHandler(handler)
         for handler in handlers:
             handler.close()
+
+
+def _is_no_known_failure(record: logging.LogRecord) -> bool:
+    """Detectron2 logs the traceback of whatever ends a training; what a user caused is one line, said by the tool."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], UserError | RunFailed)

@@ -30,11 +30,16 @@ def adamw(
     betas: Sequence[float] = (0.9, 0.999),
     layer_decay: float = 1.0,
     decay_rule: str = "clean",
+    lr_batch_size: int | None = None,
+    batch_size: int | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over a detector whose ``backbone`` is an ``MAEBackbone``.
 
     Args:
-        lr: of the pyramid and the heads; the encoder's follows from ``layer_decay``.
+        lr: of the pyramid and the heads; the encoder's follows from ``layer_decay``. Frozen parameters are left out.
+        lr_batch_size: the batch size that ``lr`` is meant for: it grows linearly with ``batch_size`` (Goyal et al.
+            2017, as in Detectron2); None for the same ``lr`` whatever the batch.
+        batch_size: images of a step, in all processes and accumulation rounds.
         layer_decay: factor from one layer to the one before it; 1 for none.
         decay_rule: which parameters are decayed. "clean": none that is one-dimensional (norms, biases), no
             position, absolute or relative. "parity": as ViTDet's B and L were trained: all but pos_embed and the norms
@@ -46,6 +51,10 @@ def adamw(
     """
     if lr <= 0 or weight_decay < 0:
         raise ConfigError(f"optimizer.lr={lr}, optimizer.weight_decay={weight_decay}: expected > 0 and >= 0")
+    if lr_batch_size is not None:
+        if lr_batch_size < 1 or batch_size is None:
+            raise ConfigError(f"optimizer.lr_batch_size={lr_batch_size}: expected a batch size above 0, or null")
+        lr = lr * batch_size / lr_batch_size
     assert isinstance(model.backbone, MAEBackbone)
     groups = parameter_groups(
         model,

@@ -13,26 +13,41 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import create_ddp_model, default_writers, hooks, launch
+from detectron2.engine import HookBase, create_ddp_model, hooks
 from detectron2.evaluation import inference_on_dataset
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, TensorboardXWriter
 from omegaconf import DictConfig
 
 from mae_transfer.checkpoint import load_backbone
+from mae_transfer.checkpoint.detectors import is_detector, load_detector
 from mae_transfer.detection.checkpointer import StrictCheckpointer
 from mae_transfer.detection.config import build_augmentation, categories_of, load_config, resolve, save_config
 from mae_transfer.detection.dataset import CocoDataset, load_coco
 from mae_transfer.detection.evaluation import CocoEvaluator, describe
+from mae_transfer.detection.hooks import (
+    Evaluate,
+    FollowSchedule,
+    KeepBest,
+    RecordMetrics,
+    SaveCheckpoints,
+    StopOnDivergence,
+)
 from mae_transfer.detection.loader import build_test_loader, build_train_loader, read_rgb
 from mae_transfer.detection.log import log_to
-from mae_transfer.detection.trainer import SaveOnSignal, Trainer
+from mae_transfer.detection.processes import launch_processes
+from mae_transfer.detection.settings import describe as describe_run
+from mae_transfer.detection.settings import settle_length
+from mae_transfer.detection.trainer import Trainer
 from mae_transfer.detection.visualize import draw_ground_truth, draw_predictions, save_image, side_by_side
+from mae_transfer.engine.ema import WeightAverage
 from mae_transfer.engine.files import write_text
 from mae_transfer.engine.precision import Precision
 from mae_transfer.engine.signals import StopRequest
 from mae_transfer.errors import CheckpointError, ConfigError
+from mae_transfer.layer_decay import freeze_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +57,8 @@ keys most runs set (any key of the config file, and any argument of what it call
   dataset.val.json=FILE dataset.val.images=FOLDER       what to evaluate on; left out: no evaluation
   dataset.image_size=N dataset.resize=jitter|native     side of the training square; resize to it, or crop it
   train.init_checkpoint=FILE                            an MAE encoder; left out: random weights
-  train.max_iter=N train.batch_size=N train.output_dir=FOLDER train.seed=N optimizer.lr=X
+  train.max_iter=N (or train.epochs=X) train.batch_size=N train.output_dir=FOLDER train.seed=N optimizer.lr=X
+  train.accumulate=N train.precision=fp32|bf16|fp16 train.eval_period=N train.ema=0.9999 train.freeze_blocks=N
   model.size=NAME model.patch_size=N model.anchor_sizes=[a,b,c,d,e] model.detections_per_image=N
 """
 
@@ -79,14 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_processes(cfg, args)
     Precision(cfg.train.precision, choose_device(cfg))
     train_set, val = load_data(cfg, training=not args.eval_only)
+    if train_set is not None:
+        settle_length(cfg, len(train_set.records))
     _check_output_folder(cfg, args)
-    launch(
+    launch_processes(
         run,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(cfg, train_set, val, args.resume),
+        (cfg, train_set, val, args.resume),
+        per_machine=args.num_gpus,
+        machines=args.num_machines,
+        machine=args.machine_rank,
+        url=args.dist_url,
     )
     return 0
 
@@ -124,7 +142,7 @@ def run(cfg: DictConfig, train_set: CocoDataset | None, val: CocoDataset | None,
 def _evaluate_last(cfg: DictConfig, model: GeneralizedRCNN, checkpointer: StrictCheckpointer, val: CocoDataset) -> None:
     if not checkpointer.has_checkpoint():
         raise CheckpointError(f"train.output_dir={cfg.train.output_dir} holds no checkpoint to evaluate")
-    state = checkpointer.load(checkpointer.get_checkpoint_file(), checkpointables=[])
+    state = checkpointer.load_for_inference(checkpointer.last_good())
     evaluate(cfg, model, val, state["iteration"] + 1)
 
 
@@ -136,73 +154,122 @@ def _train(
     val: CocoDataset | None,
     resume: bool,
 ) -> None:
-    output_dir = Path(cfg.train.output_dir)
-    start_fresh = not (resume and checkpointer.has_checkpoint())
-    if start_fresh:
+    train, max_iter = cfg.train, cfg.schedule.max_iter
+    logger.info(describe_run(cfg, num_images=len(train_set.records), num_processes=comm.get_world_size()))
+    last = checkpointer.last_good() if resume and checkpointer.has_checkpoint() else None
+    if last is None:
         if resume:
-            logger.info("Nothing to resume in %s; starting at iteration 0", output_dir)
-        if cfg.train.init_checkpoint:
-            logger.info("Encoder from %s", load_backbone(model.backbone.net, cfg.train.init_checkpoint))
-        else:
-            logger.info("train.init_checkpoint is not given: the encoder starts from random weights")
-    optimizer = instantiate({**cfg.optimizer, "model": model})
-    logger.info("Weight decay rule: %s", cfg.optimizer.get("decay_rule", "clean"))
-    scheduler = LRMultiplier(optimizer, instantiate(cfg.schedule), cfg.train.max_iter)
-    precision = Precision(cfg.train.precision, model.device)
-    device_ids = [comm.get_local_rank()] if model.device.type == "cuda" else None
-    trainer = Trainer(
-        create_ddp_model(model, device_ids=device_ids, broadcast_buffers=False),
-        [],
-        optimizer,
-        precision=precision,
-        seed=cfg.train.seed,
-        clip_norm=cfg.train.clip_norm,
-    )
+            logger.info("Nothing to resume in %s; starting at iteration 0", train.output_dir)
+        _load_initial_weights(cfg, model)
+    trainer = _build_trainer(cfg, model, num_images=len(train_set.records))
     checkpointer.add_checkpointable("trainer", trainer)
-
-    def evaluate_now() -> dict[str, Any]:
-        return evaluate(cfg, model, val, trainer.iter + (trainer.iter < cfg.train.max_iter)) if val else {}
-
-    main_process = comm.is_main_process()
-    stop = StopRequest()
     trainer.register_hooks(
         [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=scheduler),
-            hooks.PeriodicCheckpointer(
-                checkpointer, cfg.train.checkpoint_period, max_iter=cfg.train.max_iter, max_to_keep=cfg.train.keep
-            )
-            if main_process
-            else None,
-            hooks.EvalHook(cfg.train.eval_period, evaluate_now),
-            SaveOnSignal(stop, checkpointer),  # before the writers: Detectron2's cannot write an iteration twice
-            hooks.PeriodicWriter(default_writers(str(output_dir), cfg.train.max_iter), period=cfg.train.log_period)
-            if main_process
-            else None,
+            FollowSchedule(trainer.optimizer, instantiate(cfg.schedule), max_iter),
+            StopOnDivergence(train.divergence_factor) if train.divergence_factor else None,
         ]
     )
     start = 0
-    if not start_fresh:
-        checkpointer.load(checkpointer.get_checkpoint_file())
+    if last is not None:
+        checkpointer.load(last)  # its hooks' state goes to those registered so far
         start = trainer.iter + 1
+        if start > max_iter:
+            raise ConfigError(f"{last} has done {start} iterations, more than the {max_iter} of this run")
         logger.info("Resuming at iteration %d", start)
     trainer.data_loader = build_train_loader(
         train_set,
         build_augmentation(cfg),
-        batch_size=cfg.train.batch_size,
-        seed=cfg.train.seed,
+        batch_size=train.batch_size,
+        seed=train.seed,
         start_iter=start,
-        max_iter=cfg.train.max_iter,
+        max_iter=max_iter,
         num_workers=cfg.dataset.workers,
+        accumulate=train.accumulate,
         rank=comm.get_rank(),
         world_size=comm.get_world_size(),
     )
-    with stop:
-        trainer.train(start, cfg.train.max_iter)
+    with StopRequest() as stop:
+        trainer.register_hooks(_hooks(cfg, trainer, checkpointer, val, stop, start=start))
+        trainer.train(start, max_iter)
+
+
+def _load_initial_weights(cfg: DictConfig, model: GeneralizedRCNN) -> None:
+    source = cfg.train.init_checkpoint
+    if not source:
+        logger.info("train.init_checkpoint is not given: the encoder starts from random weights")
+    elif is_detector(source):
+        logger.info("The whole detector from %s", load_detector(model, source))
+    else:
+        logger.info("Encoder from %s", load_backbone(model.backbone.net, source))
+
+
+def _build_trainer(cfg: DictConfig, model: GeneralizedRCNN, *, num_images: int) -> Trainer:
+    train = cfg.train
+    depth = model.backbone.net.depth
+    if frozen := freeze_blocks(model, depth=depth, num_blocks=train.freeze_blocks):
+        logger.info("train.freeze_blocks=%d of %d: %d tensors are not trained", train.freeze_blocks, depth, len(frozen))
+    device_ids = [comm.get_local_rank()] if model.device.type == "cuda" else None
+    return Trainer(
+        create_ddp_model(model, device_ids=device_ids, broadcast_buffers=False),
+        [],
+        instantiate({**cfg.optimizer, "model": model}),
+        precision=Precision(train.precision, model.device),
+        seed=train.seed,
+        accumulate=train.accumulate,
+        clip_norm=train.clip_norm,
+        average=WeightAverage(model, train.ema) if train.ema is not None else None,
+        facts={"train.batch_size": train.batch_size, "train.seed": train.seed, "number of images": num_images},
+    )
+
+
+def _hooks(
+    cfg: DictConfig,
+    trainer: Trainer,
+    checkpointer: StrictCheckpointer,
+    val: CocoDataset | None,
+    stop: StopRequest,
+    *,
+    start: int,
+) -> list[HookBase | None]:
+    """What happens around the steps, in its order: a checkpoint implies the metrics up to it."""
+    train, output_dir = cfg.train, Path(cfg.train.output_dir)
+    record = writer = best = None
+    if comm.is_main_process():
+        record = RecordMetrics(output_dir / "metrics.json", start=start, period=train.log_period)
+        if train.best is not None:
+            best = KeepBest(checkpointer, train.best, output_dir / "metrics.json")
+        writers = [
+            CommonMetricPrinter(cfg.schedule.max_iter),
+            TensorboardXWriter(str(output_dir), purge_step=start or None),
+        ]
+        writer = hooks.PeriodicWriter(writers, period=train.log_period)
+
+    def evaluate_now(done: int) -> dict[str, float]:
+        assert val is not None
+        with trainer.averaged():
+            scores = flatten_results_dict(evaluate(cfg, checkpointer.model, val, done))
+            if best is not None:
+                best.consider(scores, done)
+        return scores
+
+    return [
+        Evaluate(evaluate_now, period=train.eval_period) if val else None,
+        hooks.IterationTimer(),  # behind evaluation, which is no part of an iteration's time
+        record,
+        SaveCheckpoints(
+            checkpointer,
+            stop,
+            period=train.checkpoint_period,
+            keep=train.keep,
+            before_save=record.flush if record else lambda: None,
+        ),
+        writer,  # last: Detectron2's printer cannot write an iteration twice
+    ]
 
 
 def evaluate(cfg: DictConfig, model: GeneralizedRCNN, val: CocoDataset, iteration: int) -> dict[str, Any]:
-    """Box and mask AP on ``val``, written to ``evaluation.json``, and pictures of the first images.
+    """Box and mask AP on ``val`` after ``iteration`` iterations, written to ``evaluation.json``, and pictures of the
+    first images in ``predictions/``, in a folder of their own when it is not the end of a run.
 
     Runs in fp32: boxes and scores are read to more digits than bf16 has.
     """
@@ -226,17 +293,18 @@ def evaluate(cfg: DictConfig, model: GeneralizedRCNN, val: CocoDataset, iteratio
             **scores,
         }
         write_text(output_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        save_pictures(cfg, model, val)
+        pictures = output_dir / "predictions"
+        at_end = iteration == cfg.schedule.get("max_iter", iteration)
+        save_pictures(cfg, model, val, pictures if at_end else pictures / f"iteration_{iteration:07d}")
     model.train(was_training)
     return scores
 
 
 @torch.no_grad()
-def save_pictures(cfg: DictConfig, model: GeneralizedRCNN, val: CocoDataset) -> None:
-    """Ground truth (left) and prediction (right) of the first images, to ``predictions/``."""
+def save_pictures(cfg: DictConfig, model: GeneralizedRCNN, val: CocoDataset, folder: Path) -> None:
+    """Ground truth (left) and prediction (right) of the first images."""
     model.eval()
     loader = build_test_loader(val, build_augmentation(cfg), num_workers=0)
-    folder = Path(cfg.train.output_dir) / "predictions"
     for number, batch in enumerate(loader):
         if number == cfg.train.pictures:
             break
@@ -252,21 +320,40 @@ def choose_device(cfg: DictConfig) -> torch.device:
     if cfg.train.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(cfg.train.device)
+        device = torch.device(cfg.train.device)
     except RuntimeError as error:
         raise ConfigError(f"train.device={cfg.train.device}: expected auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"train.device={cfg.train.device}: expected auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"train.device={cfg.train.device}, and torch sees no GPU; use train.device=cpu")
+    return device
 
 
 def _check_processes(cfg: DictConfig, args: argparse.Namespace) -> None:
     if args.num_gpus < 1 or args.num_machines < 1:
         raise ConfigError("--num-gpus and --num-machines count processes and machines; both are at least 1")
-    processes = args.num_gpus * args.num_machines
-    if cfg.train.batch_size % processes:
+    if not 0 <= args.machine_rank < args.num_machines:
         raise ConfigError(
-            f"train.batch_size={cfg.train.batch_size} (global) does not divide among {processes} processes"
+            f"--machine-rank {args.machine_rank}: expected 0 to {args.num_machines - 1}, by --num-machines"
         )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ConfigError("--num-machines: give --dist-url tcp://HOST:PORT of the first machine, on every machine")
+    processes = args.num_gpus * args.num_machines
+    unit = processes * cfg.train.accumulate
+    if cfg.train.batch_size % unit:
+        raise ConfigError(
+            f"train.batch_size={cfg.train.batch_size} (global) does not divide among {processes} processes x "
+            f"train.accumulate={cfg.train.accumulate}; use a multiple of {unit}"
+        )
+    device = choose_device(cfg)
     if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
         raise ConfigError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}")
+    if processes > 1 and torch.cuda.is_available() and (device.type == "cpu" or device.index is not None):
+        raise ConfigError(
+            f"train.device={cfg.train.device}: several processes take a GPU each; leave it out, or hide the GPUs "
+            "(CUDA_VISIBLE_DEVICES=) to train on the CPU"
+        )
     norm = cfg.model.get("norm")
     if norm == "SyncBN" and (processes == 1 or not torch.cuda.is_available()):
         # Over one process it is the same function, and torch's synchronised kernel exists for GPUs only.
@@ -280,7 +367,8 @@ def _check_output_folder(cfg: DictConfig, args: argparse.Namespace) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     # Only what a run leaves that was refused before its first iteration: an encoder that does not fit, say.
     unborn = "log.txt" in names and names <= {"log.txt", "config.yaml"}
-    if names and not unborn and not args.resume and not args.eval_only:
+    # The first machine decides: the others may come when it has begun.
+    if names and not unborn and not args.resume and not args.eval_only and not args.machine_rank:
         raise ConfigError(
             f"train.output_dir={folder} is not empty; choose another folder, or go on with what it holds by --resume"
         )

@@ -73,6 +73,7 @@ class MetricsLog:
     """Appends records to ``metrics.jsonl`` (and their numbers to TensorBoard and Weights & Biases).
 
     Args:
+        key: of a record's step.
         last_step: the step resumed from. Lines beyond it belong to work that was lost; they are removed, so that the
             continued run writes them once.
         wandb: project to log to. The run there keeps its id in ``wandb_id.txt`` beside ``path``, so that whoever goes
@@ -87,14 +88,16 @@ class MetricsLog:
         self,
         path: Path,
         *,
+        key: str = "step",
         last_step: int = 0,
         tensorboard: Path | None = None,
         wandb: str | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        self._key = key
         self._wandb = None if wandb is None else _WandbRun(path.parent, project=wandb, config=dict(config or {}))
         if path.exists():
-            kept = [record for record in _records(path) if record["step"] <= last_step]
+            kept = [record for record in _records(path) if record[key] <= last_step]
             write_text(path, "".join(_line(record) for record in kept))
         self._file = path.open("a", encoding="utf-8")
         self._writer = None
@@ -103,12 +106,12 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(_line(record))
-        numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
+        numbers = {k: v for k, v in record.items() if k != self._key and isinstance(v, int | float)}
         if self._writer is not None:
             for name, value in numbers.items():
-                self._writer.add_scalar(name, value, record["step"])
+                self._writer.add_scalar(name, value, record[self._key])
         if self._wandb is not None:
-            self._wandb.write(record["step"], numbers)
+            self._wandb.write(record[self._key], numbers)
 
     def flush(self) -> None:
         """To the disk itself: a checkpoint written after this implies the lines up to it."""

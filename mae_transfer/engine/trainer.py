@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from mae_transfer.data.draws import Draws, Purpose
 from mae_transfer.engine.checkpoints import (
     CheckpointConfig,
     CheckpointWriter,
@@ -29,6 +28,7 @@ from mae_transfer.engine.metrics import MetricsLog
 from mae_transfer.engine.parallel import STRATEGIES, gradient_exchange
 from mae_transfer.engine.precision import PRECISIONS, Precision
 from mae_transfer.engine.progress import Progress
+from mae_transfer.engine.randomness import seed_step
 from mae_transfer.engine.run_folder import RunFolder
 from mae_transfer.engine.signals import StopRequest
 from mae_transfer.engine.state import training_tensors
@@ -234,7 +234,8 @@ class Trainer(Generic[BatchT]):
             before = time.perf_counter()
             batch = next(batches)
             self._waited += time.perf_counter() - before
-            self._seed_round(round_)
+            part = round_ * self.processes.world_size + self.processes.rank
+            seed_step(seed=self.seed, step=self.step, part=part, device=self.processes.device)
             with gradient_exchange(self.module, last=round_ == rounds - 1):
                 with self.precision.autocast():
                     loss = self.loss(self.module, batch) / rounds
@@ -246,16 +247,6 @@ class Trainer(Generic[BatchT]):
         if self.average is not None:
             self.average.update(self.step)
         self._pending.append((self.step, rate, torch.stack([total.float(), norm.float()])))
-
-    def _seed_round(self, round_: int) -> None:
-        """What the model draws is a function of (seed, step, round, process): no random state has to be saved."""
-        part = round_ * self.processes.world_size + self.processes.rank
-        words = Draws(seed=self.seed, purpose=Purpose.STEP, epoch=self.step, index=part).words(1)
-        seed, device = int(words[0] >> 1), self.processes.device
-        # Not torch.manual_seed: every call of it is kept in a list for devices that have not been used yet.
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index].manual_seed(seed)
 
     def _optimizer_step(self, loss: Tensor) -> Tensor:
         """Step unless something is not finite, decided on the device, without waiting for it. Returns the norm."""

@@ -48,6 +48,12 @@ def arguments(scenes: Any, output: Path, *more: str) -> list[str]:
     return ["--config-file", TINY, *scenes.overrides, f"train.output_dir={output}", *SMALL, *more]
 
 
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.json without what the clock said."""
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "time" not in name} for line in lines]
+
+
 def weights(output: Path, name: str = "model_final.pth") -> dict[str, torch.Tensor]:
     return torch.load(output / name, weights_only=True)["model"]
 
@@ -82,20 +88,37 @@ def scenes(make_scenes: Callable[..., Any]) -> Any:
     return make_scenes(num_images=4, side=64)
 
 
-def test_killed_and_resumed_ends_where_the_uninterrupted_run_does(scenes: Any, tmp_path: Path) -> None:
-    more = ["train.max_iter=12", "train.checkpoint_period=3", "dataset.val.json=null", "dataset.val.images=null"]
-    assert main(arguments(scenes, tmp_path / "whole", *more)) == 0
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="plain"),
+        pytest.param(["train.accumulate=2", "train.ema=0.9", "train.eval_period=4", "train.clip_norm=1"], id="all"),
+    ],
+)
+def test_killed_and_resumed_ends_where_the_uninterrupted_run_does(more: list[str], scenes: Any, tmp_path: Path) -> None:
+    given = ["train.max_iter=10", "train.checkpoint_period=2", "train.keep=1", "train.pictures=0", "train.log_period=3"]
+    given += more or ["dataset.val.json=null", "dataset.val.images=null"]
+    assert main(arguments(scenes, tmp_path / "whole", *given)) == 0
 
     killed = tmp_path / "killed"
-    with tool_running(arguments(scenes, killed, *more)) as child:
+    with tool_running(arguments(scenes, killed, *given)) as child:
         wait_for(killed / "last_checkpoint", child)
         child.send_signal(signal.SIGKILL)
         child.wait()
     assert not (killed / "model_final.pth").exists()
 
-    assert main([*arguments(scenes, killed, *more), "--resume"]) == 0
-    expected, got = weights(tmp_path / "whole"), weights(killed)
-    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert main([*arguments(scenes, killed, *given), "--resume"]) == 0
+    whole = metrics(tmp_path / "whole")
+    assert [line["iteration"] for line in whole] == list(range(11 if more else 10))
+    assert metrics(killed) == whole
+    for name in ("model_final.pth", *(["model_best.pth"] if more else [])):
+        expected, got = weights(tmp_path / "whole", name), weights(killed, name)
+        assert all(torch.equal(got[key], value) for key, value in expected.items())
+    assert [path.name for path in sorted(killed.glob("*.pth"))] == [
+        "model_0000009.pth",
+        *(["model_best.pth"] if more else []),
+        "model_final.pth",
+    ]
 
 
 def test_sigterm_saves_and_says_so(scenes: Any, tmp_path: Path) -> None:
@@ -128,7 +151,8 @@ def test_trains_evaluates_and_predicts(scenes: Any, tmp_path: Path, capsys: pyte
     assert (result["iteration"], result["num_images"], result["max_dets"]) == (4, 4, 30)
     assert {"AP", "AP50", "AP75"} <= result["bbox"].keys() & result["segm"].keys()
     assert len(list((output / "predictions").glob("*.png"))) == 4
-    assert [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert {"total_loss", "lr", "grad_norm", "loss_mask"} <= metrics(output)[0].keys()
+    assert metrics(output)[-1]["segm/AP"] == result["segm"]["AP"]
     assert list(output.glob("events.out.tfevents*"))
     assert load_config(output / "config.yaml").model.patch_size == 8
 
