@@ -1,8 +1,9 @@
-"""Mask R-CNN put together from Detectron2's parts around the MAE backbone; every default is ViTDet's recipe."""
+"""Mask R-CNN and Cascade Mask R-CNN of Detectron2's parts around the MAE backbone; every default is ViTDet's recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNN
@@ -12,11 +13,13 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
     FastRCNNConvFCHead,
     FastRCNNOutputLayers,
     MaskRCNNConvUpsampleHead,
     StandardROIHeads,
 )
+from torch import nn
 
 from mae_transfer.detection.backbone import LEVELS, mae_backbone
 from mae_transfer.errors import ConfigError
@@ -24,6 +27,10 @@ from mae_transfer.pyramid import STRIDES
 
 _ROI_LEVELS = list(LEVELS[:4])
 _ASPECT_RATIOS = (0.5, 1.0, 2.0)
+_BOX_SIDE, _MASK_SIDE = 7, 14  # of the features that RoIAlign cuts out for the heads
+# Each stage's IoU from which a region is an object, and its weights of the box regression (centre, then size).
+_SINGLE_STAGE = ((0.5, (10.0, 10.0, 5.0, 5.0)),)
+_CASCADE_STAGES = (*_SINGLE_STAGE, (0.6, (20.0, 20.0, 10.0, 10.0)), (0.7, (30.0, 30.0, 15.0, 15.0)))
 
 
 def mask_rcnn(
@@ -54,11 +61,12 @@ def mask_rcnn(
     box_fcs: int = 1,
     box_fc_width: int = 1024,
     mask_convs: int = 4,
+    cascade: bool = False,
     score_threshold: float = 0.05,
     nms_threshold: float = 0.5,
     detections_per_image: int = 100,
 ) -> GeneralizedRCNN:
-    """Mask R-CNN on an MAE encoder.
+    """Mask R-CNN or Cascade Mask R-CNN on an MAE encoder.
 
     The first five arguments follow from the data and are filled in by ``config.resolve``: they have one place each.
 
@@ -77,6 +85,8 @@ def mask_rcnn(
         proposals_train, proposals_test: proposals kept after the RPN's non-maximum suppression.
         rois_per_image: regions that the box head's loss samples; at most a quarter is foreground and trains masks.
         box_convs, box_fcs, box_fc_width, mask_convs: depth of the heads.
+        cascade: three box heads in a row, each on the boxes of the one before and held to a higher IoU (Cai and
+            Vasconcelos 2018); they regress one box for all classes, as ViTDet's released ones do.
         score_threshold, nms_threshold, detections_per_image: what is kept as a detection.
 
     Raises:
@@ -118,37 +128,52 @@ def mask_rcnn(
         post_nms_topk=(proposals_train, proposals_test),
         nms_thresh=0.7,
     )
-    box_head = FastRCNNConvFCHead(
-        ShapeSpec(channels=channels, height=7, width=7),
-        conv_dims=[channels] * box_convs,
-        fc_dims=[box_fc_width] * box_fcs,
-        conv_norm=norm,
-    )
-    roi_heads = StandardROIHeads(
-        num_classes=num_classes,
-        batch_size_per_image=rois_per_image,
-        positive_fraction=0.25,
-        proposal_matcher=Matcher([0.5], [0, 1], allow_low_quality_matches=False),
-        box_in_features=_ROI_LEVELS,
-        box_pooler=_pooler(7),
-        box_head=box_head,
-        box_predictor=FastRCNNOutputLayers(
+    stages = _CASCADE_STAGES if cascade else _SINGLE_STAGE
+    box_heads = [
+        FastRCNNConvFCHead(
+            ShapeSpec(channels=channels, height=_BOX_SIDE, width=_BOX_SIDE),
+            conv_dims=[channels] * box_convs,
+            fc_dims=[box_fc_width] * box_fcs,
+            conv_norm=norm,
+        )
+        for _ in stages
+    ]
+    box_predictors = [
+        FastRCNNOutputLayers(
             box_head.output_shape,
-            box2box_transform=Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0)),
+            box2box_transform=Box2BoxTransform(weights=weights),
             num_classes=num_classes,
+            cls_agnostic_bbox_reg=cascade,
             test_score_thresh=score_threshold,
             test_nms_thresh=nms_threshold,
             test_topk_per_image=detections_per_image,
-        ),
-        mask_in_features=_ROI_LEVELS,
-        mask_pooler=_pooler(14),
-        mask_head=MaskRCNNConvUpsampleHead(
-            ShapeSpec(channels=channels, height=14, width=14),
+        )
+        for box_head, (_, weights) in zip(box_heads, stages)
+    ]
+    matchers = [Matcher([iou], [0, 1], allow_low_quality_matches=False) for iou, _ in stages]
+    shared = {
+        "num_classes": num_classes,
+        "batch_size_per_image": rois_per_image,
+        "positive_fraction": 0.25,
+        "box_in_features": _ROI_LEVELS,
+        "box_pooler": _pooler(_BOX_SIDE),
+        "mask_in_features": _ROI_LEVELS,
+        "mask_pooler": _pooler(_MASK_SIDE),
+        "mask_head": MaskRCNNConvUpsampleHead(
+            ShapeSpec(channels=channels, height=_MASK_SIDE, width=_MASK_SIDE),
             num_classes=num_classes,
             conv_dims=[channels] * (mask_convs + 1),  # the last is the transposed convolution
             conv_norm=norm,
         ),
-    )
+    }
+    if cascade:
+        roi_heads = CascadeROIHeads(
+            box_heads=box_heads, box_predictors=box_predictors, proposal_matchers=matchers, **shared
+        )
+    else:
+        roi_heads = StandardROIHeads(
+            box_head=box_heads[0], box_predictor=box_predictors[0], proposal_matcher=matchers[0], **shared
+        )
     return GeneralizedRCNN(
         backbone=backbone,
         proposal_generator=rpn,
@@ -157,6 +182,14 @@ def mask_rcnn(
         pixel_std=tuple(pixel_std),
         input_format="RGB",
     )
+
+
+def detections_per_image(model: GeneralizedRCNN) -> int:
+    """How many detections a model built by ``mask_rcnn`` keeps of an image."""
+    predictor: Any = model.roi_heads.box_predictor
+    if isinstance(predictor, nn.ModuleList):  # the cascade's stages
+        predictor = predictor[-1]
+    return int(predictor.test_topk_per_image)
 
 
 def _pooler(side: int) -> ROIPooler:

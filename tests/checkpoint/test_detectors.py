@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from torch import nn
@@ -21,22 +20,24 @@ from mae_transfer.checkpoint.detectors import is_detector, load_detector, read_d
 from mae_transfer.checkpoint.pickles import read_pickle
 from mae_transfer.detection import mask_rcnn
 from mae_transfer.errors import CheckpointError
+from tests.oracles import vitdet
 
 NUM_CLASSES = 3
 
 
 def theirs() -> nn.Module:
-    """Detectron2's own ViTDet model from its model zoo, made small, with weights that all matter."""
-    cfg = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
-    cfg.backbone.net.update(img_size=64, embed_dim=192, num_heads=3, window_size=3, pretrain_img_size=32)
-    cfg.backbone.update(out_channels=16, square_pad=64)
-    cfg.proposal_generator.head.in_channels = 16
-    cfg.roi_heads.update(num_classes=NUM_CLASSES)
-    for head, width in (("box_head", 4), ("mask_head", 5)):
-        cfg.roi_heads[head].update(conv_dims=[16] * width)
-        cfg.roi_heads[head].input_shape.channels = 16
-    cfg.roi_heads.box_head.fc_dims = [32]
-    cfg.roi_heads.box_predictor.input_shape.channels = 32
+    """Detectron2's own ViTDet, made small, with weights that all matter."""
+    cfg = vitdet(
+        width=192,
+        depth=12,
+        num_heads=3,
+        num_classes=NUM_CLASSES,
+        image_size=64,
+        pretrain_image_size=32,
+        window_size=3,
+        channels=16,
+        box_fc_width=32,
+    )
     cfg.roi_heads.box_predictor.test_score_thresh = 0.0
     torch.manual_seed(0)
     model = instantiate(cfg)

@@ -1,0 +1,8 @@
+"""Mask R-CNN with ViT-L, four taps and FPN, 50 epochs of COCO (Li et al. 2021, arXiv 2111.11429).
+
+No number is published for this schedule: the paper draws it without printing it.
+"""
+
+from .mask_rcnn_l_fpn_100ep import dataset, model, optimizer, schedule, train
+
+train.max_iter //= 2  # 100 -> 50 epochs
