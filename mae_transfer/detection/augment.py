@@ -107,7 +107,8 @@ class Augmentation:
         if self.resize == "native":
             return T.TransformList([])
         resized = T.ResizeShortestEdge.get_output_shape(height, width, self.image_size, self.image_size)
-        return T.TransformList([_Resize(height, width, *resized, Image.Resampling.BILINEAR)])
+        new_height, new_width = max(1, resized[0]), max(1, resized[1])  # a strip of an image still has a pixel
+        return T.TransformList([_Resize(height, width, new_height, new_width, Image.Resampling.BILINEAR)])
 
 
 class _Resize(T.ResizeTransform):
