@@ -37,9 +37,10 @@ from mae_transfer.detection.hooks import (
 )
 from mae_transfer.detection.loader import build_test_loader, build_train_loader, read_rgb
 from mae_transfer.detection.log import log_to
+from mae_transfer.detection.model import detections_per_image
 from mae_transfer.detection.processes import launch_processes
 from mae_transfer.detection.settings import describe as describe_run
-from mae_transfer.detection.settings import settle_length
+from mae_transfer.detection.settings import named_device, settle_length
 from mae_transfer.detection.trainer import Trainer
 from mae_transfer.detection.visualize import draw_ground_truth, draw_predictions, save_image, side_by_side
 from mae_transfer.engine.ema import WeightAverage
@@ -274,7 +275,7 @@ def evaluate(cfg: DictConfig, model: GeneralizedRCNN, val: CocoDataset, iteratio
     Runs in fp32: boxes and scores are read to more digits than bf16 has.
     """
     output_dir = Path(cfg.train.output_dir)
-    max_dets = model.roi_heads.box_predictor.test_topk_per_image
+    max_dets = detections_per_image(model)
     loader = build_test_loader(val, build_augmentation(cfg), num_workers=cfg.dataset.workers)
     evaluator = CocoEvaluator(val, max_dets=max_dets, output_dir=output_dir)
     start = time.perf_counter()
@@ -317,17 +318,7 @@ def save_pictures(cfg: DictConfig, model: GeneralizedRCNN, val: CocoDataset, fol
 
 
 def choose_device(cfg: DictConfig) -> torch.device:
-    if cfg.train.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(cfg.train.device)
-    except RuntimeError as error:
-        raise ConfigError(f"train.device={cfg.train.device}: expected auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"train.device={cfg.train.device}: expected auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"train.device={cfg.train.device}, and torch sees no GPU; use train.device=cpu")
-    return device
+    return named_device(cfg.train.device, "train.device")
 
 
 def _check_processes(cfg: DictConfig, args: argparse.Namespace) -> None:
