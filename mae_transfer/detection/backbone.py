@@ -101,7 +101,7 @@ class MAEBackbone(Backbone):
             levels = list(self.fpn(features).values())
         # RoIAlign rounds its boxes to the features' type: in bf16 the corner of a box at 200 px would move by up to
         # half a pixel. Under autocast the convolutions that follow cast down again themselves.
-        return {name: level.float() for name, level in zip(LEVELS, levels)}
+        return {name: level if level.dtype.itemsize >= 4 else level.float() for name, level in zip(LEVELS, levels)}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {
