@@ -66,9 +66,11 @@ class RecordMetrics(HookBase):
 
     def after_train(self) -> None:
         """The last evaluation, or what is known of an iteration that failed."""
-        self._write()
-        self.flush()
-        self._log.close()
+        try:
+            self._write()
+            self.flush()
+        finally:
+            self._log.close()
 
     def flush(self) -> None:
         """To the disk itself, before a checkpoint that implies these lines.

@@ -40,7 +40,7 @@ class Trainer(SimpleTrainer):
     def __init__(
         self,
         model: nn.Module,
-        data_loader: Iterable[list[dict[str, Any]]],
+        data_loader: Iterable[Any],
         optimizer: torch.optim.Optimizer,
         *,
         precision: Precision,
