@@ -28,6 +28,7 @@ from pretrain.load import load_mae
 from pretrain.reconstruct import reconstruct_masked
 
 NUM_PICTURES = 4  # rows of predictions
+_TILE = 256  # pixels of the overview's pictures
 OVERVIEW_COLUMNS = ("unseen scene", "what the encoder sees", "completed by the MAE", "Mask R-CNN", "UperNet")
 _PANEL_GAP = 6  # pixels between the panels of the tools' own pictures
 _TITLE_BAR = 22  # pixels above the panels of a segmentation picture
@@ -73,10 +74,11 @@ def difference(metric: str, pretrained: float, random: float) -> str:
 
 
 def panel(path: Path, index: int, side: int, *, top: int = 0) -> Image.Image:
-    """One of the square panels that stand side by side in a tool's picture."""
+    """One of the square panels that stand side by side in a tool's picture; detection enlarges small ones."""
     with Image.open(path) as picture:
-        left = index * (side + _PANEL_GAP)
-        return picture.convert("RGB").crop((left, top, left + side, top + side))
+        drawn = side if top else picture.height
+        left = index * (drawn + _PANEL_GAP)
+        return picture.convert("RGB").crop((left, top, left + drawn, top + drawn))
 
 
 def _shared_pictures(folders: Sequence[Path]) -> list[str]:
@@ -130,7 +132,7 @@ def overview(layout: Layout, size: DemoSize, *, rows: int = 2) -> list[list[Imag
             [
                 scene,
                 *(picture.resize(scene.size, Image.Resampling.NEAREST) for picture in small),
-                panel(detection / "predictions" / name, 1, size.side),
+                panel(detection / "predictions" / name, 1, size.side).resize((_TILE, _TILE)),
                 panel(segmentation / "predictions" / name, 2, size.side, top=_TITLE_BAR),
             ]
         )
@@ -141,7 +143,7 @@ def save_overview(panels: Sequence[Sequence[Image.Image]], path: Path) -> None:
     """The overview as one PNG."""
     grid = [GridRow(pictures=[np.asarray(picture) for picture in row]) for row in panels]
     with atomic_path(path) as temporary:
-        image_grid(grid, columns=OVERVIEW_COLUMNS, tile_height=256).save(temporary, format="PNG", optimize=True)
+        image_grid(grid, columns=OVERVIEW_COLUMNS, tile_height=_TILE).save(temporary, format="PNG", optimize=True)
 
 
 def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records: Sequence[Record]) -> Page:

@@ -19,18 +19,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER|CHECKPOINT", help="a run's folder, or a .pth inside it")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE|DIR", help="images, or folders of images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where overlays and results go")
-    parser.add_argument(
-        "--min-score", type=float, default=0.5, metavar="S", help="detection: lowest score that is drawn (default 0.5)"
+    detection = parser.add_argument_group("of detection runs")
+    detection.add_argument("--min-score", type=float, metavar="S", help="lowest score that is drawn (default 0.5)")
+    detection.add_argument("--device", metavar="D", help="auto, cpu or cuda (default auto: a GPU where there is one)")
+    detection.add_argument("--batch-size", type=int, metavar="N", help="images computed together (default 1)")
+    detection.add_argument(
+        "--json", type=Path, metavar="FILE", help="COCO json that lists the images: results carry its image ids"
     )
     args = parser.parse_args(argv)
-    if not 0 <= args.min_score <= 1:
-        raise ConfigError(f"--min-score {args.min_score}: expected a score between 0 and 1")
     kind, folder, checkpoint = recognise(args.run)
+    given = [name for name in ("min_score", "device", "batch_size", "json") if getattr(args, name) is not None]
+    if kind != "detection" and given:
+        raise ConfigError(f"--{given[0].replace('_', '-')} is for detection runs; {folder} is a {kind} run")
     images = find_images(args.images)
     if kind == "detection":
         from mae_transfer.detection.predict import predict_images as detect
 
-        detect(folder, checkpoint, images, args.out, min_score=args.min_score)
+        detect(
+            folder,
+            checkpoint,
+            images,
+            args.out,
+            min_score=0.5 if args.min_score is None else args.min_score,
+            device=args.device or "auto",
+            batch_size=1 if args.batch_size is None else args.batch_size,
+            json_file=args.json,
+        )
     else:
         from mae_transfer.segmentation.predict import predict_images as segment
 

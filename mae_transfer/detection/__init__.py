@@ -10,6 +10,7 @@ require("detectron2", "detection")
 
 from mae_transfer.detection.backbone import MAEBackbone  # noqa: E402
 from mae_transfer.detection.model import mask_rcnn  # noqa: E402
+from mae_transfer.detection.predict import Predictor  # noqa: E402
 from mae_transfer.detection.yacs import add_mae_config, build_optimizer  # noqa: E402
 
-__all__ = ["MAEBackbone", "add_mae_config", "build_optimizer", "mask_rcnn"]
+__all__ = ["MAEBackbone", "Predictor", "add_mae_config", "build_optimizer", "mask_rcnn"]

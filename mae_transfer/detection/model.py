@@ -27,6 +27,8 @@ from mae_transfer.pyramid import STRIDES
 
 _ROI_LEVELS = list(LEVELS[:4])
 _ASPECT_RATIOS = (0.5, 1.0, 2.0)
+_NORMS = ("LN", "GN", "BN", "SyncBN")
+_GN_GROUPS = 32  # Detectron2's
 _BOX_SIDE, _MASK_SIDE = 7, 14  # of the features that RoIAlign cuts out for the heads
 # Each stage's IoU from which a region is an object, and its weights of the box regression (centre, then size).
 _SINGLE_STAGE = ((0.5, (10.0, 10.0, 5.0, 5.0)),)
@@ -96,6 +98,10 @@ def mask_rcnn(
         raise ConfigError(
             f"model.anchor_sizes={list(anchor_sizes)}: expected {len(LEVELS)} sizes, for {', '.join(LEVELS)}"
         )
+    if norm not in _NORMS:
+        raise ConfigError(f"model.norm={norm}: expected one of {', '.join(_NORMS)}")
+    if norm == "GN" and channels % _GN_GROUPS:
+        raise ConfigError(f"model.channels={channels}: model.norm=GN needs a multiple of {_GN_GROUPS}")
     backbone = mae_backbone(
         size=size,
         patch_size=patch_size,

@@ -42,7 +42,13 @@ from mae_transfer.detection.processes import launch_processes
 from mae_transfer.detection.settings import describe as describe_run
 from mae_transfer.detection.settings import named_device, settle_length
 from mae_transfer.detection.trainer import Trainer
-from mae_transfer.detection.visualize import draw_ground_truth, draw_predictions, save_image, side_by_side
+from mae_transfer.detection.visualize import (
+    draw_ground_truth,
+    draw_predictions,
+    readable_scale,
+    save_image,
+    side_by_side,
+)
 from mae_transfer.engine.ema import WeightAverage
 from mae_transfer.engine.files import write_text
 from mae_transfer.engine.precision import Precision
@@ -311,8 +317,9 @@ def save_pictures(cfg: DictConfig, model: GeneralizedRCNN, val: CocoDataset, fol
             break
         record = batch[0]
         image = read_rgb(record)
-        truth = draw_ground_truth(image, record, val.names)
-        predicted = draw_predictions(image, model(batch)[0]["instances"], val.names, min_score=cfg.train.picture_score)
+        instances, scale = model(batch)[0]["instances"], readable_scale(image)
+        truth = draw_ground_truth(image, record, val.names, scale=scale)
+        predicted = draw_predictions(image, instances, val.names, min_score=cfg.train.picture_score, scale=scale)
         name = Path(record["file_name"]).stem
         save_image(side_by_side(truth, predicted), folder / f"{name}.png")
 

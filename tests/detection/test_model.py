@@ -19,6 +19,7 @@ from torch import nn
 from mae_transfer.detection import mask_rcnn
 from mae_transfer.detection.config import load_config, resolve
 from mae_transfer.detection.model import detections_per_image
+from mae_transfer.errors import ConfigError
 from tests.oracles import vitdet, vitdet_keys
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection"
@@ -200,3 +201,15 @@ def test_a_cascade_trains_and_detects_as_detectron2s() -> None:
 def test_detections_per_image_are_known_of_both() -> None:
     for cascade in (False, True):
         assert detections_per_image(small(cascade=cascade, detections_per_image=7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"norm": "IN"}, "model.norm=IN: expected one of LN, GN, BN, SyncBN"),
+        ({"norm": "GN", "channels": 48}, "model.channels=48: model.norm=GN needs a multiple of 32"),
+    ],
+)
+def test_norms_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(**arguments)

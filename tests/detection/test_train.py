@@ -170,7 +170,7 @@ def test_trains_evaluates_and_predicts(scenes: Any, tmp_path: Path, capsys: pyte
     detections = json.loads((out / "detections.json").read_text())
     assert {d["category_id"] for d in detections} <= {3, 7}
     with Image.open(out / "0004_rgba.png") as overlay:
-        assert overlay.size == (50, 70)
+        assert overlay.size == (7 * 50, 7 * 70)  # small pictures are enlarged, so that labels can be read
     assert predict([str(output / "model_final.pth"), str(tmp_path / "rgba.png"), "--out", str(out / "more")]) == 0
 
 
@@ -242,7 +242,7 @@ def test_a_checkpoint_of_another_model_is_refused(scenes: Any, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"missing: roi_heads\.mask_head\.mask_fcn2"):
         Predictor(output)
     (output / "model_final.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="cannot read checkpoint"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
         Predictor(output)
 
 
