@@ -10,7 +10,7 @@ from torch import nn
 
 from mae_transfer import build_vit
 from mae_transfer.errors import ConfigError
-from mae_transfer.layer_decay import layer_id, layer_scale, parameter_groups
+from mae_transfer.layer_decay import freeze_blocks, layer_id, layer_scale, parameter_groups
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,26 @@ def test_frozen_and_shared_parameters() -> None:
     assert optimizer.param_groups[-1]["lr"] == 1.0
 
 
+def test_freezing_takes_the_embeddings_and_the_first_blocks() -> None:
+    model = Classifier()
+    # A table of blocks 1 and 2, as bias tables are shared in the four-tap detector.
+    shared = torch.nn.Parameter(torch.zeros(3))
+    model.backbone.blocks[1].table = model.backbone.blocks[2].table = shared
+    assert freeze_blocks(model, depth=12, num_blocks=0) == []
+    frozen = freeze_blocks(model, depth=12, num_blocks=2)
+    assert sorted(frozen) == sorted(name for name, p in model.named_parameters() if not p.requires_grad)
+    parts = {".".join(name.split(".")[1 : 3 if ".blocks." in name else 2]) for name in frozen}
+    assert parts == {"cls_token", "pos_embed", "patch_embed", "blocks.0", "blocks.1"}
+    assert shared.requires_grad
+    freeze_blocks(model, depth=12, num_blocks=12)
+    assert not any(".blocks." in name for name, p in model.named_parameters() if p.requires_grad)
+    assert model.head.weight.requires_grad
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(ConfigError, match="block 12, but layer decay was set up for 12"):
         layer_id("backbone.blocks.12.norm1.weight", 12)
+    with pytest.raises(ConfigError, match="cannot freeze 13 blocks: the encoder has 12"):
+        freeze_blocks(Classifier(), depth=12, num_blocks=13)
     with pytest.raises(ConfigError, match="above 0 and at most 1"):
         parameter_groups([], depth=12, rate=1.5, lr=1, weight_decay=0)

@@ -51,10 +51,7 @@ def adamw(
     """
     if lr <= 0 or weight_decay < 0:
         raise ConfigError(f"optimizer.lr={lr}, optimizer.weight_decay={weight_decay}: expected > 0 and >= 0")
-    if lr_batch_size is not None:
-        if lr_batch_size < 1 or batch_size is None:
-            raise ConfigError(f"optimizer.lr_batch_size={lr_batch_size}: expected a batch size above 0, or null")
-        lr = lr * batch_size / lr_batch_size
+    lr = scaled_lr(lr, batch_size=batch_size, lr_batch_size=lr_batch_size)
     assert isinstance(model.backbone, MAEBackbone)
     groups = parameter_groups(
         model,
@@ -66,6 +63,15 @@ def adamw(
     )
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
+
+
+def scaled_lr(lr: float, *, batch_size: int | None, lr_batch_size: int | None) -> float:
+    """``lr``, given for ``lr_batch_size`` images a step, for ``batch_size`` of them; see ``adamw``."""
+    if lr_batch_size is None:
+        return lr
+    if lr_batch_size < 1 or batch_size is None:
+        raise ConfigError(f"optimizer.lr_batch_size={lr_batch_size}: expected a batch size above 0, or null")
+    return lr * batch_size / lr_batch_size
 
 
 def decay_predicate(rule: str, model: nn.Module) -> NoDecay:

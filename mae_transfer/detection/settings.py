@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -11,9 +10,8 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 
 from mae_transfer.data.sampler import num_steps
+from mae_transfer.detection.optimizer import scaled_lr
 from mae_transfer.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 
 def one_length(cfg: DictConfig, overridden: Collection[str]) -> None:
@@ -62,6 +60,10 @@ def check_settings(cfg: DictConfig) -> None:
     for key, (expected, holds) in rules.items():
         if not (cfg.train[key] is None and key in optional) and not holds(cfg.train[key]):
             raise ConfigError(f"train.{key}={cfg.train[key]}: expected a {expected}")
+    if cfg.train.freeze_blocks and not cfg.train.init_checkpoint:
+        raise ConfigError(
+            f"train.freeze_blocks={cfg.train.freeze_blocks} without train.init_checkpoint would keep random weights"
+        )
     best, names = cfg.train.best, metric_names(cfg)
     if best is not None and best not in names:
         raise ConfigError(f"train.best={best}: no evaluation gives that; use one of {', '.join(names[:14])} …")
@@ -106,7 +108,7 @@ def describe(cfg: DictConfig, *, num_images: int, num_processes: int) -> str:
     reference = optimizer.get("lr_batch_size")
     if reference is None:
         return f"{said}; learning rate {optimizer.lr:g}, not scaled with the batch size"
-    scaled = optimizer.lr * train.batch_size / reference
+    scaled = scaled_lr(optimizer.lr, batch_size=train.batch_size, lr_batch_size=reference)
     return f"{said}; learning rate {optimizer.lr:g} x {train.batch_size} / {reference} = {scaled:g}"
 
 
