@@ -57,6 +57,11 @@ class CocoDataset:
     def names(self) -> list[str]:
         return [category.name for category in self.categories]
 
+    @property
+    def federated(self) -> bool:
+        """Whether each image was searched for some categories only, as in LVIS: it says which were not found."""
+        return any("neg_category_ids" in image for image in self.json_dict["images"])
+
     def with_instances(self) -> CocoDataset:
         """Without the images that teach nothing: no instance, or crowd regions only.
 
