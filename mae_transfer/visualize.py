@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mae_transfer.engine.files import atomic_path
 from mae_transfer.errors import require
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3) or (H, W, 1)
@@ -120,3 +121,43 @@ def plot_curves(
     if len(curves) > 1:
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One of several plots: for each name some curves, (x, y) points at the same x, such as one a seed."""
+
+    title: str
+    y_label: str
+    bands: Mapping[str, Sequence[Sequence[tuple[float, float]]]]
+
+
+def plot_panels(panels: Sequence[Panel], *, columns: int, x_label: str, path: Path) -> None:
+    """Draw panels in rows of ``columns``: the mean of a name's curves, and a band from their lowest to their highest.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require("matplotlib", "dev")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.3 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        for name, curves in panel.bands.items():
+            points: dict[float, list[float]] = {}
+            for curve in curves:
+                for x, y in curve:
+                    points.setdefault(x, []).append(y)
+            xs = sorted(points)
+            (line,) = axes.plot(xs, [sum(points[x]) / len(points[x]) for x in xs], label=name, marker="o", markersize=3)
+            low, high = [min(points[x]) for x in xs], [max(points[x]) for x in xs]
+            axes.fill_between(xs, low, high, alpha=0.2, color=line.get_color())
+        axes.set(xlabel=x_label, ylabel=panel.y_label, title=panel.title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format=path.suffix[1:])

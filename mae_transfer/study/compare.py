@@ -1,0 +1,315 @@
+"""The same training from several initial encoders: run it, go on where it stopped, and say what came of it.
+
+A comparison is a grid of trainings, (share of the labels) x (initial encoder) x (seed), which differ in nothing else.
+Each is a process of its own with a folder of its own; what is finished is not run again, what was begun is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, ClassVar, Protocol
+
+from mae_transfer.engine.files import write_text
+from mae_transfer.engine.signals import StopRequest
+from mae_transfer.errors import ConfigError, RunFailed
+
+logger = logging.getLogger(__name__)
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """An initial encoder; ``checkpoint`` None is random weights."""
+
+    name: str
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training of a comparison."""
+
+    fraction: float
+    init: Init
+    seed: int
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        return f"{percent(self.fraction)} of the labels, {self.init.name}, seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".log")
+
+    @property
+    def record(self) -> Path:
+        """Where the seconds that the run took are kept, those before an interruption included."""
+        return self.folder.with_name(self.folder.name + ".seconds")
+
+
+class Task(Protocol):
+    """What is trained."""
+
+    metrics: ClassVar[Mapping[str, str]]  # key of a metric -> how it is called
+
+    def command(self, run: Run) -> list[str]:
+        """Arguments for Python that start a run, or take it up where it stopped."""
+
+    def curves(self, run: Run) -> dict[str, Curve]:
+        """Metric -> (step, value) so far."""
+
+    def is_finished(self, run: Run) -> bool: ...
+
+
+def percent(fraction: float) -> str:
+    """0.25 -> "25 %"."""
+    return f"{100 * fraction:g} %"
+
+
+def plan(out: Path, *, inits: Sequence[Init], seeds: Sequence[int], fractions: Sequence[float]) -> list[Run]:
+    """Every training, in an order in which the starts advance together: an interrupted comparison compares too.
+
+    Raises:
+        ConfigError: something given twice, a share outside (0, 1], nothing to compare.
+    """
+    for what, values in (("--init", [init.name for init in inits]), ("--seeds", seeds), ("--fractions", fractions)):
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{what} has a value twice: {' '.join(map(str, values))}")
+    if wrong := [fraction for fraction in fractions if not 0 < fraction <= 1]:
+        raise ConfigError(f"--fractions {wrong[0]}: expected shares of the labels above 0 and at most 1")
+    if len(inits) < 2:
+        raise ConfigError("a comparison needs two starts or more, such as --init pretrained=FILE --init random")
+    return [
+        Run(fraction=f, init=init, seed=seed, folder=out / "runs" / f"{f:g}" / init.name / f"seed-{seed}")
+        for seed in seeds
+        for f in fractions
+        for init in inits
+    ]
+
+
+def claim(out: Path, definition: Mapping[str, Any]) -> None:
+    """Make ``out`` the folder of this comparison, or make sure that it is.
+
+    Raises:
+        ConfigError: it is another comparison's, or holds something else.
+    """
+    path = out / "comparison.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        # More seeds, starts or shares may join; what the runs have in common may not change.
+        grown = ("inits", "seeds", "fractions")
+        changed = [key for key in definition if key not in grown and before.get(key) != definition[key]]
+        moved = [
+            name for name, file in before["inits"].items() if definition["inits"].get(name, file) != file
+        ]  # the same name, another file
+        if changed or moved:
+            what = [f"{key} was {before.get(key)}, is {definition[key]}" for key in changed]
+            what += [f"start {name} was {before['inits'][name]}, is {definition['inits'][name]}" for name in moved]
+            raise ConfigError(f"{out} holds another comparison: {'; '.join(what)}. Choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and holds no comparison; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(definition, indent=1) + "\n")
+
+
+def run_all(task: Task, runs: Sequence[Run], *, jobs: int, threads: int) -> str | None:
+    """Run what is not finished, ``jobs`` at a time with ``threads`` threads each.
+
+    Returns:
+        None, or the name of the signal that stopped it; the runs then have saved and stopped too.
+
+    Raises:
+        RunFailed: a run failed; the others that were running have finished.
+    """
+    waiting = [run for run in runs if not task.is_finished(run)]
+    if len(waiting) < len(runs):
+        logger.info("%d of %d runs are finished already", len(runs) - len(waiting), len(runs))
+    going: list[_Process] = []
+    failed: Run | None = None
+    with StopRequest() as stop:
+        try:
+            while going or (waiting and failed is None and stop.received is None):
+                while waiting and len(going) < jobs and failed is None and stop.received is None:
+                    going.append(_Process(task, waiting.pop(0), threads))
+                    logger.info("%s: %s", going[-1].run.title, going[-1].run.log)
+                time.sleep(0.2)
+                if stop.received is not None:
+                    for process in going:
+                        process.stop()
+                for process in [process for process in going if process.ended]:
+                    going.remove(process)
+                    if process.close() == 0 and task.is_finished(process.run):
+                        logger.info("%s: done in %s", process.run.title, minutes(seconds_of(process.run)))
+                    elif stop.received is None:
+                        failed = process.run
+        finally:
+            for process in going:  # something unforeseen: leave nothing behind
+                process.stop()
+                process.close()
+    if failed is not None:
+        tail = "\n".join(failed.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        raise RunFailed(f"{failed.title}: the training failed. The end of {failed.log}:\n{tail}")
+    return stop.received
+
+
+class _Process:
+    """A training that is going on."""
+
+    def __init__(self, task: Task, run: Run, threads: int) -> None:
+        self.run = run
+        self.begin = time.monotonic()
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.stream: IO[str] = run.log.open("a", encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, *task.command(run)],
+            stdout=self.stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+        self.told = False
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def stop(self) -> None:
+        """Ask it to save and to leave."""
+        if not self.told and not self.ended:
+            self.process.send_signal(signal.SIGTERM)
+            self.told = True
+
+    def close(self) -> int:
+        """Wait for its end and note its time; returns its exit status."""
+        code = self.process.wait()
+        self.stream.close()
+        write_text(self.run.record, f"{seconds_of(self.run) + time.monotonic() - self.begin:.1f}\n")
+        return code
+
+
+def seconds_of(run: Run) -> float:
+    """Wall-clock seconds that a run has taken so far."""
+    return float(run.record.read_text(encoding="utf-8")) if run.record.is_file() else 0.0
+
+
+def minutes(seconds: float) -> str:
+    """125 -> "2 min 5 s"."""
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The last value of a metric over the seeds, for one share of the labels and one start.
+
+    Attributes:
+        values: one a seed, in the order of the seeds.
+    """
+
+    fraction: float
+    init: str
+    metric: str
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation; 0 of a single seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def show(self) -> str:
+        return f"{self.mean:.2f} ± {self.deviation:.2f} [{min(self.values):.2f}–{max(self.values):.2f}]"
+
+
+def outcomes(task: Task, runs: Sequence[Run]) -> list[Outcome]:
+    """Of the runs that are finished."""
+    values: dict[tuple[float, str, str], list[float]] = {}
+    for run in runs:
+        if task.is_finished(run):
+            for metric, curve in task.curves(run).items():
+                values.setdefault((run.fraction, run.init.name, metric), []).append(curve[-1][1])
+    return [Outcome(fraction=f, init=i, metric=m, values=tuple(v)) for (f, i, m), v in values.items()]
+
+
+def verdicts(found: Sequence[Outcome], metrics: Mapping[str, str]) -> list[str]:
+    """For each share and metric, whether the first start's worst seed is above the others' best, in words."""
+    lines = []
+    for first, other in _pairs(found):
+        gain = first.mean - other.mean
+        apart = min(first.values) > max(other.values)
+        lines.append(
+            f"{percent(first.fraction)} of the labels, {metrics[first.metric]}: {first.init} {gain:+.2f} over "
+            f"{other.init}; " + ("its worst seed is above the other's best" if apart else "the seeds overlap")
+        )
+    return lines
+
+
+def _pairs(found: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
+    firsts: dict[tuple[float, str], Outcome] = {}
+    pairs = []
+    for outcome in found:
+        first = firsts.setdefault((outcome.fraction, outcome.metric), outcome)
+        if first is not outcome:
+            pairs.append((first, outcome))
+    return pairs
+
+
+def markdown(task: Task, runs: Sequence[Run]) -> str:
+    """A table of the finished runs: mean ± deviation [lowest–highest] over the seeds."""
+    found = outcomes(task, runs)
+    if not found:
+        return "No run is finished yet.\n"
+    head = ["labels", "start", "seeds", *task.metrics.values(), "time a run"]
+    rows = [head, ["---"] * len(head)]
+    for fraction, init in dict.fromkeys((outcome.fraction, outcome.init) for outcome in found):
+        own = {o.metric: o for o in found if (o.fraction, o.init) == (fraction, init)}
+        spent = [seconds_of(r) for r in runs if (r.fraction, r.init.name) == (fraction, init) and task.is_finished(r)]
+        cells = [own[metric].show() for metric in task.metrics]
+        rows.append([percent(fraction), init, str(len(spent)), *cells, f"at most {minutes(max(spent))}"])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {line}" for line in verdicts(found, task.metrics))]) + "\n"
+
+
+def write_results(out: Path, task: Task, runs: Sequence[Run]) -> None:
+    """``results.md``, ``results.json`` and ``curves.png`` of what is finished."""
+    from mae_transfer.visualize import Panel, plot_panels
+
+    write_text(out / "results.md", markdown(task, runs))
+    content = [
+        {
+            "fraction": run.fraction,
+            "init": run.init.name,
+            "seed": run.seed,
+            "seconds": seconds_of(run),
+            "curves": task.curves(run),
+        }
+        for run in runs
+        if task.is_finished(run)
+    ]
+    write_text(out / "results.json", json.dumps(content, indent=1) + "\n")
+    panels = []
+    for metric, label in task.metrics.items():
+        for fraction in dict.fromkeys(run.fraction for run in runs):
+            bands: dict[str, list[Curve]] = {}
+            for run in runs:
+                if run.fraction == fraction and task.is_finished(run):
+                    bands.setdefault(run.init.name, []).append(task.curves(run)[metric])
+            if bands:
+                panels.append(Panel(title=f"{percent(fraction)} of the labels", y_label=label, bands=bands))
+    if panels:
+        columns = len({panel.title for panel in panels})
+        plot_panels(panels, columns=columns, x_label="iterations", path=out / "curves.png")

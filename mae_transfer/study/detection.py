@@ -1,0 +1,83 @@
+"""Mask R-CNN as the task of a comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import yaml
+
+from mae_transfer.checkpoint import read_checkpoint
+from mae_transfer.errors import ConfigError
+from mae_transfer.study.compare import TOOLS, Curve, Init, Run
+
+# What the comparison itself sets in every run.
+_OURS = ("train.seed", "train.init_checkpoint", "train.output_dir", "dataset.train.fraction")
+
+
+class DetectionTask:
+    """Trainings by ``tools/train_det.py``.
+
+    What a random start would otherwise take from no checkpoint (patch size, mean and deviation of the images) it is
+    given from the first start that has one, so that the weights are all that differs. The seed draws the heads'
+    weights, the order of the images, their crops, and which images are labelled.
+
+    Raises:
+        ConfigError: an override of what the comparison sets.
+    """
+
+    metrics: ClassVar[Mapping[str, str]] = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
+
+    def __init__(self, config_file: Path, overrides: Sequence[str], inits: Sequence[Init]) -> None:
+        for override in overrides:
+            if override.partition("=")[0] in _OURS:
+                raise ConfigError(f"{override}: the comparison sets {override.partition('=')[0]} itself")
+        self.config_file = config_file
+        self.overrides = list(overrides)
+        given = {override.partition("=")[0] for override in overrides}
+        self.shared: list[str] = []
+        first = next((init.checkpoint for init in inits if init.checkpoint is not None), None)
+        if first is not None:
+            info = read_checkpoint(first).info
+            facts = {
+                "model.patch_size": info.patch_size[0],
+                "dataset.mean": _list(info.mean),
+                "dataset.std": _list(info.std),
+            }
+            self.shared = [f"{key}={value}" for key, value in facts.items() if key not in given]
+
+    def command(self, run: Run) -> list[str]:
+        more = [f"train.output_dir={run.folder}", f"train.seed={run.seed}"]
+        more += [f"dataset.train.fraction={run.fraction:g}", f"dataset.train.fraction_seed={run.seed}"]
+        if run.init.checkpoint is not None:
+            more.append(f"train.init_checkpoint={run.init.checkpoint}")
+        tool = [str(TOOLS / "train_det.py"), "--config-file", str(self.config_file), "--resume"]
+        return [*tool, *self.overrides, *self.shared, *more]
+
+    def curves(self, run: Run) -> dict[str, Curve]:
+        found: dict[str, dict[int, float]] = {metric: {} for metric in self.metrics}
+        end = self._length(run)
+        path = run.folder / "metrics.json"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            values = json.loads(line)
+            for metric in self.metrics:
+                if metric in values:
+                    found[metric][min(values["iteration"] + 1, end)] = values[metric]
+        return {metric: sorted(points.items()) for metric, points in found.items()}
+
+    def is_finished(self, run: Run) -> bool:
+        evaluation = run.folder / "evaluation.json"
+        if not evaluation.is_file():
+            return False
+        return bool(json.loads(evaluation.read_text(encoding="utf-8"))["iteration"] >= self._length(run))
+
+    def _length(self, run: Run) -> int:
+        """Iterations of a run that has begun; Detectron2 files the last evaluation under this, others one before."""
+        config = run.folder / "config.yaml"
+        return int(yaml.safe_load(config.read_text(encoding="utf-8"))["train"]["max_iter"]) if config.is_file() else 0
+
+
+def _list(values: Sequence[float]) -> str:
+    return f"[{','.join(repr(float(value)) for value in values)}]"

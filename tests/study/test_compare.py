@@ -1,0 +1,195 @@
+"""Comparing starts: what is run, resumed, refused, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mae_transfer import build_vit
+from mae_transfer.checkpoint import describe, write_safetensors
+from mae_transfer.errors import RunFailed, run_tool
+from mae_transfer.study import compare
+from mae_transfer.study.cli import main
+from mae_transfer.study.compare import Init, Outcome, Run, plan, run_all, verdicts, write_results
+from mae_transfer.study.detection import DetectionTask
+
+ROOT = Path(__file__).resolve().parents[2]
+INITS = [Init(name="pretrained", checkpoint=Path("x")), Init(name="random", checkpoint=None)]
+
+# A training of 4 steps that saves each, waits where it is told to, and goes on from what it saved.
+TRAINING = """
+import json, pathlib, signal, sys, time
+folder, gain, wait = pathlib.Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+folder.mkdir(exist_ok=True)
+log = folder / "log"
+done = len(log.read_text().split()) if log.exists() else 0
+for step in range(done, 4):
+    time.sleep(wait)
+    with log.open("a") as stream:
+        stream.write(f"{gain * (step + 1)} ")
+if folder.name == "seed-13":
+    sys.exit("no luck")
+"""
+
+
+class Training:
+    """A task whose runs end at 4 x (2 if pretrained else 1) + a seed's hundredth."""
+
+    metrics: ClassVar[Mapping[str, str]] = {"score": "score"}
+
+    def __init__(self, wait: float = 0.0) -> None:
+        self.wait = wait
+        self.started: list[str] = []
+
+    def command(self, run: Run) -> list[str]:
+        self.started.append(run.title)
+        gain = (2 if run.init.checkpoint else 1) + run.seed / 400
+        return ["-c", TRAINING, str(run.folder), str(gain), str(self.wait)]
+
+    def curves(self, run: Run) -> dict[str, compare.Curve]:
+        return {"score": [(step, float(value)) for step, value in enumerate(self.values(run), start=1)]}
+
+    def values(self, run: Run) -> list[str]:
+        log = run.folder / "log"
+        return log.read_text().split() if log.exists() else []
+
+    def is_finished(self, run: Run) -> bool:
+        return len(self.values(run)) == 4
+
+
+def test_every_run_is_run_once_and_the_results_say_what_came_of_it(tmp_path: Path) -> None:
+    runs, task = plan(tmp_path, inits=INITS, seeds=[0, 1], fractions=[0.25, 1.0]), Training()
+    assert len(runs) == 8
+    assert run_all(task, runs, jobs=2, threads=1) is None
+    assert len(task.started) == 8
+    assert run_all(task, runs, jobs=2, threads=1) is None
+    assert len(task.started) == 8
+    write_results(tmp_path, task, runs)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    first = np.array([8.0, 8.01])
+    assert f"| 25 % | pretrained | 2 | {first.mean():.2f} ± {first.std(ddof=1):.2f} [8.00–8.01] |" in text
+    assert "25 % of the labels, score: pretrained +4.00 over random; its worst seed is above the other's best" in text
+    content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [entry["curves"]["score"][-1] for entry in content if entry["init"] == "random"][:2] == [[4, 4.0]] * 2
+    picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def test_seeds_that_overlap_are_called_so() -> None:
+    found = [
+        Outcome(fraction=1.0, init="a", metric="m", values=(40.0, 43.0)),
+        Outcome(fraction=1.0, init="b", metric="m", values=(41.0, 39.0)),
+    ]
+    assert verdicts(found, {"m": "AP"}) == ["100 % of the labels, AP: a +1.50 over b; the seeds overlap"]
+
+
+def test_a_signal_stops_the_runs_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    runs, task = plan(tmp_path, inits=INITS, seeds=[0], fractions=[1.0]), Training(wait=0.3)
+
+    def interrupt() -> None:
+        while not task.values(runs[0]):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert run_all(task, runs, jobs=2, threads=1) == "SIGTERM"
+    thread.join()
+    assert not task.is_finished(runs[0])
+    assert run_all(task, runs, jobs=1, threads=1) is None
+    assert [float(value) for value in task.values(runs[0])] == [2.0, 4.0, 6.0, 8.0]
+    assert compare.seconds_of(runs[0]) > 4 * 0.3  # both parts
+
+
+def test_a_run_that_fails_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
+    runs = plan(tmp_path, inits=INITS, seeds=[13, 14], fractions=[1.0])
+    with pytest.raises(RunFailed, match=r"(?s)100 % of the labels, pretrained, seed 13.*no luck"):
+        run_all(Training(), runs, jobs=1, threads=1)
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    vit = build_vit("tiny", patch_size=8, image_size=64)
+    path = tmp_path / "encoder.safetensors"
+    info = describe(vit, mean=(0.5, 0.25, 0.125), std=(0.25, 0.25, 0.25))
+    write_safetensors(path, vit.state_dict(), info.to_metadata())
+    return path
+
+
+def test_a_random_start_gets_what_the_checkpoint_says_of_its_input(encoder: Path, tmp_path: Path) -> None:
+    inits = [Init(name="pretrained", checkpoint=encoder), Init(name="random", checkpoint=None)]
+    task = DetectionTask(ROOT / "configs/detection/tiny.py", ["train.max_iter=5", "dataset.std=[1,1,1]"], inits)
+    runs = plan(tmp_path, inits=inits, seeds=[3], fractions=[0.25])
+    first, other = (task.command(run) for run in runs)
+    common = {"model.patch_size=8", "dataset.mean=[0.5,0.25,0.125]", "dataset.std=[1,1,1]", "train.max_iter=5"}
+    common |= {"train.seed=3", "dataset.train.fraction=0.25", "dataset.train.fraction_seed=3"}
+    assert common <= set(first) and common <= set(other)
+    own = {f"train.output_dir={run.folder}" for run in runs} | {f"train.init_checkpoint={encoder}"}
+    assert set(first) ^ set(other) == own
+
+
+BAD = [
+    (["--init", "random"], "two starts"),
+    (["--init", "random", "--init", "random"], "twice"),
+    (["--init", "random", "--init", "a=missing.pth"], "missing.pth does not exist"),
+    (["--init", "random", "--init", "missing.pth"], "NAME=FILE"),
+    (["--init", "random", "--init", "a=ENCODER", "--fractions", "25"], "--fractions 25"),
+    (["--init", "random", "--init", "a=ENCODER", "--jobs", "0"], "at least 1"),
+    (["--init", "random", "--init", "a=ENCODER", "train.seed=1"], "sets train.seed itself"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), BAD, ids=[said for _, said in BAD])
+def test_bad_input_is_refused(
+    words: list[str], said: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(ROOT / "configs/detection/tiny.py")
+    words = [word.replace("ENCODER", str(encoder)) for word in words]
+    assert run_tool(main, ["detection", "--config-file", config, "--out", str(tmp_path / "out"), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_keeps_its_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    definition = {"overrides": ["a=1"], "inits": {"a": "x"}, "seeds": [0], "fractions": [1.0]}
+    compare.claim(tmp_path / "out", definition)
+    compare.claim(tmp_path / "out", {**definition, "seeds": [0, 1], "inits": {"a": "x", "b": "y"}})
+    for change in ({"overrides": ["a=2"]}, {"inits": {"a": "z"}}):
+        with pytest.raises(ValueError, match="another comparison"):
+            compare.claim(tmp_path / "out", {**definition, **change})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ValueError, match="no comparison"):
+        compare.claim(tmp_path / "other", definition)
+
+
+@pytest.mark.slow
+def test_two_starts_of_mask_rcnn(encoder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("detectron2")
+    from tests.detection.conftest import Scenes
+
+    scenes = Scenes(tmp_path / "scenes", num_images=4, side=64)
+    small = ["train.max_iter=4", "train.eval_period=2", "train.batch_size=1", "schedule.warmup_iters=1"]
+    small += ["dataset.image_size=64", "dataset.workers=0", "model.channels=32", "model.rois_per_image=8"]
+    command = [sys.executable, str(ROOT / "tools/compare_inits.py"), "detection", "--out", str(tmp_path / "out")]
+    command += ["--config-file", str(ROOT / "configs/detection/tiny.py"), "--seeds", "0", "--fractions", "0.5", "1"]
+    command += ["--init", f"ours={encoder}", "--init", "random", *scenes.overrides, *small]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| 50 % | ours | 1 |" in done.stdout
+    content = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert len(content) == 4
+    assert all([step for step, _ in entry["curves"]["segm/AP"]] == [2, 4] for entry in content)
