@@ -74,8 +74,8 @@ class CocoEvaluator(DatasetEvaluator):
 def score(dataset: CocoDataset, results: list[dict[str, Any]], kind: str, *, max_dets: int) -> dict[str, float]:
     """The average precision of a result list: COCO's, or LVIS's where the data set is federated.
 
-    Equal to pycocotools but for the last of 16 digits (it adds 2e-16 to what it divides by). Its quirks with annotation ids are not followed: it keeps
-    one annotation an id, and counts one with the id 0 as never found.
+    Equal to pycocotools but for the last of 16 digits (it adds 2e-16 to what it divides by). Its quirks with annotation
+    ids are not followed: it keeps one annotation an id, and counts one with the id 0 as never found.
 
     Args:
         kind: "bbox" or "segm".
