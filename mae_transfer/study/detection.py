@@ -57,14 +57,14 @@ class DetectionTask:
         return [*tool, *self.overrides, *self.shared, *more]
 
     def curves(self, run: Run) -> dict[str, Curve]:
+        # A line's evaluation is of the weights after as many iterations as its number says.
         found: dict[str, dict[int, float]] = {metric: {} for metric in self.metrics}
-        end = self._length(run)
         path = run.folder / "metrics.json"
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             values = json.loads(line)
             for metric in self.metrics:
                 if metric in values:
-                    found[metric][min(values["iteration"] + 1, end)] = values[metric]
+                    found[metric][values["iteration"]] = values[metric]
         return {metric: sorted(points.items()) for metric, points in found.items()}
 
     def is_finished(self, run: Run) -> bool:
@@ -74,7 +74,7 @@ class DetectionTask:
         return bool(json.loads(evaluation.read_text(encoding="utf-8"))["iteration"] >= self._length(run))
 
     def _length(self, run: Run) -> int:
-        """Iterations of a run that has begun; Detectron2 files the last evaluation under this, others one before."""
+        """Iterations of a run that has begun."""
         config = run.folder / "config.yaml"
         return int(yaml.safe_load(config.read_text(encoding="utf-8"))["train"]["max_iter"]) if config.is_file() else 0
 
