@@ -11,6 +11,7 @@ import platform
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def curve(lines: Sequence[dict[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
     """(x, y) of the lines that have both; where a resumed run wrote a step twice, the later one."""
     return sorted({float(line[x]): float(line[y]) for line in lines if x in line and y in line}.items())
+
+
+def averaged(points: Sequence[tuple[float, float]], count: int) -> list[tuple[float, float]]:
+    """The means of ``count`` points after one another, and of what is left."""
+    parts = [points[start : start + count] for start in range(0, len(points), count)]
+    return [(part[-1][0], fmean(y for _, y in part)) for part in parts]
 
 
 def detection_scores(layout: Layout, start: str) -> dict[str, float]:
@@ -263,13 +270,15 @@ def _detection(page: Page, layout: Layout, size: DemoSize, scores: dict[str, dic
         [
             Series(
                 name=STARTS[start],
-                points=curve(read_lines(layout.detection(start) / "metrics.json"), "iteration", "total_loss"),
+                points=averaged(
+                    curve(read_lines(layout.detection(start) / "metrics.json"), "iteration", "total_loss"), 10
+                ),
             )
             for start in STARTS
         ],
         x_label="iteration",
         y_label="training loss",
-        caption="Sum of the region proposal, box and mask losses.",
+        caption="Sum of the region proposal, box and mask losses, averaged over 10 iterations.",
     )
     _score_table(page, scores, f"COCO average precision on {size.val} validation scenes.")
     folders = [layout.detection(start) for start in STARTS]

@@ -10,7 +10,7 @@ import pytest
 
 from mae_transfer.charts import Series
 from mae_transfer.demo import main, run_demo, run_stage
-from mae_transfer.demo_page import curve, difference
+from mae_transfer.demo_page import averaged, curve, difference
 from mae_transfer.demo_plan import FULL, ROOT, SIZES, SMOKE, Layout, Stage, last_value, shown, stages
 from mae_transfer.errors import ConfigError, RunFailed, run_tool
 
@@ -144,6 +144,10 @@ def test_the_difference_is_said_whichever_way_it_falls(pretrained: float, random
 def test_a_curve_takes_the_later_of_two_lines_of_a_step() -> None:
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 2, "loss": 2.0}, {"other": 1}]
     assert Series(name="a", points=curve(lines, "step", "loss")).points == [(1, 3.0), (2, 2.0)]
+
+
+def test_a_noisy_curve_is_averaged_over_parts_of_it() -> None:
+    assert averaged([(0, 1.0), (1, 3.0), (2, 5.0)], 2) == [(1, 2.0), (2, 5.0)]
 
 
 @pytest.mark.slow
