@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from mae_transfer.detection.visualize import (
 from mae_transfer.engine.ema import WeightAverage
 from mae_transfer.engine.files import write_text
 from mae_transfer.engine.precision import Precision
+from mae_transfer.engine.run_folder import RunFolder, describe_environment
 from mae_transfer.engine.signals import StopRequest
 from mae_transfer.errors import CheckpointError, ConfigError
 from mae_transfer.layer_decay import freeze_blocks
@@ -133,7 +135,10 @@ def load_data(cfg: DictConfig, *, training: bool) -> tuple[CocoDataset | None, C
 def run(cfg: DictConfig, train_set: CocoDataset | None, val: CocoDataset | None, resume: bool) -> None:
     """One process of a run; ``cfg`` is resolved. Without a training set the last checkpoint is evaluated."""
     output_dir = Path(cfg.train.output_dir)
-    with log_to(output_dir, comm.get_rank()):
+    alone = comm.is_main_process() and train_set is not None
+    in_use = RunFolder(output_dir, key="train.output_dir").in_use() if alone else nullcontext()
+    with in_use, log_to(output_dir, comm.get_rank()):
+        logger.info("Environment:\n%s", describe_environment())
         torch.manual_seed(cfg.train.seed)
         model = instantiate(cfg.model).to(choose_device(cfg))
         checkpointer = StrictCheckpointer(model, str(output_dir))
@@ -141,8 +146,6 @@ def run(cfg: DictConfig, train_set: CocoDataset | None, val: CocoDataset | None,
             assert val is not None
             _evaluate_last(cfg, model, checkpointer, val)
             return
-        if comm.is_main_process():
-            save_config(cfg, output_dir / "config.yaml")
         _train(cfg, model, checkpointer, train_set, val, resume)
 
 
@@ -183,6 +186,8 @@ def _train(
         if start > max_iter:
             raise ConfigError(f"{last} has done {start} iterations, more than the {max_iter} of this run")
         logger.info("Resuming at iteration %d", start)
+    if comm.is_main_process():
+        save_config(cfg, Path(train.output_dir) / "config.yaml")
     trainer.data_loader = build_train_loader(
         train_set,
         build_augmentation(cfg),
@@ -217,7 +222,7 @@ def _build_trainer(cfg: DictConfig, model: GeneralizedRCNN, *, num_images: int) 
         logger.info("train.freeze_blocks=%d of %d: %d tensors are not trained", train.freeze_blocks, depth, len(frozen))
     device_ids = [comm.get_local_rank()] if model.device.type == "cuda" else None
     return Trainer(
-        create_ddp_model(model, device_ids=device_ids, broadcast_buffers=False),
+        create_ddp_model(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True),
         [],
         instantiate({**cfg.optimizer, "model": model}),
         precision=Precision(train.precision, model.device),
@@ -364,7 +369,7 @@ def _check_output_folder(cfg: DictConfig, args: argparse.Namespace) -> None:
         raise ConfigError(f"train.output_dir={folder} is a file; name a folder")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     # Only what a run leaves that was refused before its first iteration: an encoder that does not fit, say.
-    unborn = "log.txt" in names and names <= {"log.txt", "config.yaml"}
+    unborn = "log.txt" in names and names <= {"log.txt", "config.yaml", ".in-use"}
     # The first machine decides: the others may come when it has begun.
     if names and not unborn and not args.resume and not args.eval_only and not args.machine_rank:
         raise ConfigError(

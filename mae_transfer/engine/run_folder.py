@@ -55,10 +55,11 @@ class RunConfig:
 
 
 class RunFolder:
-    """Paths below ``run.dir``."""
+    """Paths below ``run.dir``, or whatever ``key`` of a config names the folder."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, key: str = "run.dir") -> None:
         self.root = Path(root)
+        self.key = key
         self.lock = self.root / ".in-use"
         self.config = self.root / "config.yaml"
         self.environment = self.root / "environment.txt"
@@ -99,7 +100,7 @@ class RunFolder:
 
     def _used_by_another(self) -> ConfigError:
         owner = self.lock.read_text(encoding="utf-8").strip() or "another process"
-        return ConfigError(f"run.dir={self.root} is being written to by {owner}; stop it, or name another run.dir")
+        return ConfigError(f"{self.key}={self.root} is being written to by {owner}; stop it, or name another")
 
     def write_description(self, config_yaml: str) -> None:
         """``config.yaml`` and ``environment.txt``."""
