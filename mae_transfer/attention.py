@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from mae_transfer.errors import ConfigError
 from mae_transfer.position import Grid, resize_bias_table, resize_decomposed
-from mae_transfer.recompute import applies, norm_linear
+from mae_transfer.recompute import applies, norm_linear, runs_on_cpu
+from mae_transfer.relative import AttendInPieces, Bias, DecomposedBias, TabledBias
 
 RELATIVE_KINDS = (None, "decomposed", "bias")
 
@@ -191,6 +192,9 @@ class Attention(nn.Module):
         n, t, _ = qkv.shape
         if self.relative is None and applies(qkv, qkv.shape[-1] // 3) and suits_matmul(qkv):
             return SelfAttendOnCPU.apply(qkv.contiguous(), self.num_heads)
+        if self.relative is not None and runs_on_cpu(qkv):
+            assert grid is not None
+            return self.attend_in_pieces(qkv, grid)
         q, k, v = qkv.reshape(n, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (N, M, T, d)
         if self.relative is None:
             bias = None
@@ -199,6 +203,23 @@ class Attention(nn.Module):
             bias = self._decomposed(q, grid) if self.relative == "decomposed" else self._tabled(grid)
         out = attend(q, k, v, bias)
         return out.transpose(1, 2).reshape(n, t, -1)
+
+    def attend_in_pieces(self, qkv: Tensor, grid: Grid, window_size: int = 0) -> Tensor:
+        """``attend_tokens`` for a CPU, windows included: (N, T, 3D) of real tokens -> (N, T, D)."""
+        table: Tensor | None = None
+        bias: type[Bias] | None = None
+        window = (window_size, window_size) if window_size else grid
+        if self.relative == "decomposed":
+            bias, tables = DecomposedBias, (self.rel_pos_h, self.rel_pos_w)
+            resized = [resize_decomposed(rows, 2 * length - 1) for rows, length in zip(tables, window)]
+            table = torch.cat([rows.flip(0) for rows in resized])
+        elif self.relative == "bias":
+            assert self.table_grid is not None
+            bias, table = TabledBias, resize_bias_table(self.relative_position_bias_table, self.table_grid, window)
+        if table is not None:
+            table = table.to(qkv.dtype)
+        padding = self.qkv.bias.to(qkv.dtype) if window_size and self.has_qkv_bias else None
+        return AttendInPieces.apply(qkv, padding, table, bias, self.num_heads, grid, window_size)
 
     def _decomposed(self, q: Tensor, grid: Grid) -> Tensor:
         """Bias (N, M, T, T) = q·R_h[Δrow] + q·R_w[Δcolumn]; the query is not scaled (ViTDet's code)."""
@@ -237,7 +258,10 @@ class WindowAttention(Attention):
         assert grid is not None
         (h, w), s = grid, self.window_size
         n, _, width = x.shape
-        qkv = self.project(x, norm).reshape(n, h, w, 3 * width)
+        qkv = self.project(x, norm)  # (N, h·w, 3D)
+        if runs_on_cpu(qkv):
+            return self.proj(self.attend_in_pieces(qkv, grid, s))
+        qkv = qkv.reshape(n, h, w, 3 * width)
         pad_h, pad_w = -h % s, -w % s
         if pad_h or pad_w:
             qkv = self._pad(qkv, pad_h, pad_w)

@@ -29,8 +29,17 @@ MIN_WIDTH = 384
 
 def applies(x: Tensor, width: int) -> bool:
     """Whether a block of ``width`` is to recompute anything for a backward pass through ``x``."""
-    wanted = ON_CPU and width >= MIN_WIDTH and x.device.type == "cpu"
-    return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return runs_on_cpu(x) and width >= MIN_WIDTH and torch.is_grad_enabled()
+
+
+def runs_on_cpu(x: Tensor) -> bool:
+    """Whether functions written for CPUs may take ``x``: not while a compiler or an exporter reads the operators."""
+    return (
+        ON_CPU
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def norm_linear(x: Tensor, norm: nn.Module, linear: nn.Linear) -> Tensor:
