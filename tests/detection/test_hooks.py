@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from mae_transfer.detection.checkpointer import StrictCheckpointer
@@ -199,6 +201,21 @@ def test_divergence_ends_the_run_and_a_hard_batch_does_not(tmp_path: Path) -> No
     # Resumed, the losses before the checkpoint count: it ends where it ended.
     with pytest.raises(RunFailed, match="up to 109"):
         run(tmp_path / "diverged", [*healthy, *[20.0] * 30], [StopOnDivergence(4.0)], start=108)
+
+
+def test_batches_of_empty_images_among_others_are_no_divergence(tmp_path: Path) -> None:
+    class Window:
+        """A trainer as far as the hook looks at it."""
+
+        iter = 0
+        storage = EventStorage()
+
+    hook = StopOnDivergence(4.0)
+    hook.trainer = Window()
+    rng = np.random.default_rng(0)
+    for loss in np.where(rng.random(20_000) < 0.45, 1.5, 0.05) * rng.uniform(0.7, 1.3, 20_000):
+        hook.trainer.storage.put_scalar("total_loss", loss)
+        hook.after_step()
 
 
 def test_a_full_disk_is_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
