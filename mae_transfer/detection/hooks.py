@@ -219,7 +219,7 @@ class StopOnDivergence(HookBase):
         if min(last) > self._factor * usual:
             raise RunFailed(
                 f"the loss has diverged: the last {self.SUSTAINED} iterations, up to {self.trainer.iter}, lie at "
-                f"{min(last):.3g} and above, more than {self._factor:g} times the {usual:.3g} before them. Start again, "
+                f"{min(last):.3g} and above, more than {self._factor:g} times the {usual:.3g} before. Start again, "
                 "or resume from an earlier checkpoint, with a lower optimizer.lr, a longer schedule.warmup_iters or "
                 "train.clip_norm=1; train.divergence_factor=0 turns this check off"
             )
