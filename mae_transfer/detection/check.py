@@ -23,6 +23,7 @@ _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)  # values of the EXIF orientation that turn by a quarter
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N")
+_WITH_ALPHA = ("LA", "PA", "RGBA")
 _OPEN_FILES = 8  # headers are waited for rather than computed
 
 
@@ -166,6 +167,13 @@ def image_problems(record: dict[str, Any], facts: ImageFacts) -> list[Problem]:
             f"it is {size[1]}x{size[0]} pixels{how}, the json says {expected[1]}x{expected[0]}; correct the json, or "
             "store the image as it was annotated",
         )
+    found: list[Problem] = []
+    if facts.stored_turned:
+        found += problem(Action.REPAIRED, "image that EXIF turns", "it is read upright, as the json has it")
     if facts.mode.startswith("I"):
-        return problem(Action.REPAIRED, "image of 16 bits", "the upper 8 bits of each value are used")
-    return []
+        found += problem(Action.REPAIRED, "image of 16 bits", "the upper 8 bits of each value are used")
+    elif facts.mode in _WITH_ALPHA:
+        found += problem(Action.REPAIRED, "image with transparency", "it is dropped")
+    elif facts.mode == "CMYK":
+        found += problem(Action.REPAIRED, "image in CMYK", "it is converted to RGB without a colour profile")
+    return found

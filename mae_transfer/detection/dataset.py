@@ -62,13 +62,18 @@ class CocoDataset:
         """Whether each image was searched for some categories only, as in LVIS: it says which were not found."""
         return any("neg_category_ids" in image for image in self.json_dict["images"])
 
+    @property
+    def learnable(self) -> list[dict[str, Any]]:
+        """The records with an instance that is no crowd region."""
+        return [r for r in self.records if any(not a["iscrowd"] for a in r["annotations"])]
+
     def with_instances(self) -> CocoDataset:
         """Without the images that teach nothing: no instance, or crowd regions only.
 
         Raises:
             DataError: no image is left.
         """
-        kept = [r for r in self.records if any(not a["iscrowd"] for a in r["annotations"])]
+        kept = self.learnable
         if not kept:
             raise DataError(f"{self.json_file}: no image has an instance to train on")
         if len(kept) < len(self.records):

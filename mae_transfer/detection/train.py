@@ -64,6 +64,7 @@ _EPILOG = """\
 keys most runs set (any key of the config file, and any argument of what it calls, can be set the same way):
   dataset.train.json=FILE dataset.train.images=FOLDER   what to learn from, in COCO format
   dataset.val.json=FILE dataset.val.images=FOLDER       what to evaluate on; left out: no evaluation
+  dataset.train.name=coco_2017_train dataset.val.name=… known data sets below DETECTRON2_DATASETS, instead of the files
   dataset.image_size=N dataset.resize=jitter|native     side of the training square; resize to it, or crop it
   train.init_checkpoint=FILE                            an MAE encoder; left out: random weights
   train.max_iter=N (or train.epochs=X) train.batch_size=N train.output_dir=FOLDER train.seed=N optimizer.lr=X
@@ -127,7 +128,9 @@ def load_data(cfg: DictConfig, *, training: bool) -> tuple[CocoDataset | None, C
         if dataset.val.max_size is not None:
             val = val.at_most(dataset.val.max_size)
     if training:
-        train_set = load_coco(dataset.train.json, dataset.train.images, categories=categories).with_instances()
+        train_set = load_coco(dataset.train.json, dataset.train.images, categories=categories)
+        if not dataset.train.get("keep_empty", False):
+            train_set = train_set.with_instances()
         train_set = train_set.part(dataset.train.get("fraction", 1.0), seed=dataset.train.get("fraction_seed", 0))
     return train_set, val
 
