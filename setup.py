@@ -32,6 +32,7 @@ SEGMENTATION = [
     "regex",
 ]
 DEMO = ["pycocotools>=2.0.8", "scikit-image", "scikit-learn"]
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"]  # tools/export.py to ONNX, and its comparison
 PARQUET = ["pyarrow>=16"]  # Hugging Face parquet files and `datasets` folders as training images
 TIFF = ["tifffile>=2024.1.30"]  # TIFF files of other than one or three channels
 DEV = [
@@ -73,9 +74,10 @@ setup(
         "detection": DETECTION,
         "segmentation": SEGMENTATION,
         "demo": DEMO,
+        "export": EXPORT,
         "parquet": PARQUET,
         "tiff": TIFF,
         "dev": DEV,
-        "all": sorted({*DETECTION, *SEGMENTATION, *DEMO, *PARQUET, *TIFF, *DEV}),
+        "all": sorted({*DETECTION, *SEGMENTATION, *DEMO, *EXPORT, *PARQUET, *TIFF, *DEV}),
     },
 )

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, read_checkpoint
 from mae_transfer.detection.augment import Augmentation
 from mae_transfer.detection.dataset import Category, read_categories
+from mae_transfer.detection.names import find_dataset
 from mae_transfer.detection.settings import check_settings, one_length, settle_length
 from mae_transfer.engine.files import write_text
 from mae_transfer.errors import ConfigError, unknown_key
@@ -159,7 +160,7 @@ def resolve(cfg: DictConfig, *, training: bool = True) -> DictConfig:
     """
     cfg = copy.deepcopy(cfg)
     OmegaConf.resolve(cfg)
-    dataset, train, model = cfg.dataset, cfg.train, cfg.model
+    dataset, train = cfg.dataset, cfg.train
     # The config of a run knows its categories; evaluating it does not need the training data any more.
     if training or not dataset.get("categories"):
         _require_pair(dataset, "train", needed=True)
@@ -167,26 +168,35 @@ def resolve(cfg: DictConfig, *, training: bool = True) -> DictConfig:
     _require_pair(dataset, "val", needed=not training)
     check_settings(cfg)
 
-    augmentation = build_augmentation(cfg)
+    settle_model(cfg, num_classes=len(dataset.categories))
+    cfg.optimizer.batch_size = train.batch_size
+    settle_length(cfg)
+    return cfg
+
+
+def settle_model(cfg: DictConfig, *, num_classes: int) -> None:
+    """Fill in what of the model section follows from the data and from train.init_checkpoint, in place.
+
+    Raises:
+        ConfigError, CheckpointError: numbers that do not fit together, or a checkpoint that cannot be read.
+    """
+    dataset, model, augmentation = cfg.dataset, cfg.model, build_augmentation(cfg)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     patch_size = model.get("patch_size")
     size = get_size(model.get("size", _default(model, "size")))
-    if train.init_checkpoint:
-        info = read_checkpoint(train.init_checkpoint).info
+    if cfg.train.init_checkpoint:
+        info = read_checkpoint(cfg.train.init_checkpoint).info
         mean, std = info.mean, info.std
         patch_size = patch_size or info.patch_size[0]
     model.patch_size = patch_size or size.patch_size
     model.pixel_mean = [255 * value for value in dataset.mean or mean]
     model.pixel_std = [255 * value for value in dataset.std or std]
-    model.num_classes = len(dataset.categories)
+    model.num_classes = num_classes
     model.image_size = augmentation.image_size
     model.square_size = augmentation.image_size if augmentation.resize == "jitter" else 0
     if model.image_size % model.patch_size:
         raise ConfigError(f"dataset.image_size={model.image_size} is no multiple of the patch size {model.patch_size}")
-    cfg.optimizer.batch_size = train.batch_size
-    settle_length(cfg)
-    return cfg
 
 
 def build_augmentation(cfg: DictConfig) -> Augmentation:
@@ -226,12 +236,17 @@ def _default(node: DictConfig, name: str) -> Any:
 
 
 def _require_pair(dataset: DictConfig, part: str, *, needed: bool) -> None:
-    """json and images of a part are given together, and at all where they are needed."""
+    """json and images of a part are given together, or a name in their place, and at all where they are needed."""
+    if name := dataset[part].get("name"):
+        if dataset[part].json or dataset[part].images:
+            raise ConfigError(f"dataset.{part}.name={name} says what json and images are; give it or them, not both")
+        json_file, images = find_dataset(name)
+        dataset[part].update(json=str(json_file), images=str(images), name=None)
     given = [key for key in ("json", "images") if dataset[part][key]]
     if len(given) == 1 or (needed and not given):
         absent = [key for key in ("json", "images") if key not in given]
         raise ConfigError(
             " and ".join(f"dataset.{part}.{key}" for key in absent)
             + f" not given; name the COCO json and the image folder, such as dataset.{part}.json=instances.json "
-            f"dataset.{part}.images=images/"
+            f"dataset.{part}.images=images/, or a known data set, such as dataset.{part}.name=coco_2017_{part}"
         )
