@@ -187,6 +187,8 @@ class KeepBest:
 
     def consider(self, scores: Mapping[str, float], done: int) -> None:
         """Save what the model holds after ``done`` iterations if ``scores`` beat all before."""
+        if scores and self._metric not in scores:
+            logger.warning("The validation data has nothing to compute %s from; no model_best.pth", self._metric)
         score = scores.get(self._metric, -math.inf)
         if score > self._best:
             self._best = score

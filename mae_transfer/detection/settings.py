@@ -66,12 +66,12 @@ def check_settings(cfg: DictConfig) -> None:
         )
     best, names = cfg.train.best, metric_names(cfg)
     if best is not None and best not in names:
-        raise ConfigError(f"train.best={best}: no evaluation gives that; use one of {', '.join(names[:14])} …")
+        raise ConfigError(f"train.best={best}: no evaluation gives that; use one of {', '.join(names[:6])}, bbox/AP …")
 
 
 def metric_names(cfg: DictConfig) -> list[str]:
-    """The numbers that an evaluation gives."""
-    common = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR"]
+    """The numbers that an evaluation gives where there is something to compute them from (APr, APc, APf in LVIS)."""
+    common = ["AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR", "AR1", "AR10", "ARs", "ARm", "ARl"]
     categories = [f"AP-{category.name}" for category in cfg.dataset.categories]
     return [f"{kind}/{name}" for kind in ("segm", "bbox") for name in common] + [
         f"{kind}/{name}" for kind in ("segm", "bbox") for name in categories

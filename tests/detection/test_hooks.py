@@ -139,14 +139,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, caplo
         checkpointer.last_good()
 
 
-def test_the_best_is_kept_and_remembered_over_a_resume(tmp_path: Path) -> None:
+def test_the_best_is_kept_and_remembered_over_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.json").write_text('{"iteration": 2, "segm/AP": 20.0}\n{"iteration": 4, "segm/AP": null}\n')
     model = Loss()
     best = KeepBest(StrictCheckpointer(model, str(tmp_path)), "segm/AP", tmp_path / "metrics.json")
     for done, score in ((6, 15.0), (8, 25.0), (10, 24.0), (12, math.nan)):
         model.weight.data.fill_(done)
         best.consider({"segm/AP": score, "bbox/AP": 99.0}, done)
-    best.consider({}, 14)
+    best.consider({}, 14)  # as in all processes but the first
+    assert not caplog.records
+    best.consider({"bbox/AP": 99.0}, 16)
+    assert "nothing to compute segm/AP from" in caplog.text
     saved = torch.load(tmp_path / "model_best.pth", weights_only=True)
     assert (saved["model"]["weight"].item(), saved["iteration"], saved["segm/AP"]) == (8, 7, 25)
     assert not (tmp_path / "last_checkpoint").exists()  # not to be gone on from

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_transfer.checkpoint import encoder_state, write_safetensors
 from mae_transfer.checkpoint.load import describe
@@ -106,6 +107,8 @@ def test_killed_and_resumed_ends_where_the_uninterrupted_run_does(scenes: Any, t
     assert [line["iteration"] for line in whole] == list(range(11))
     assert [line["iteration"] for line in whole if "segm/AP" in line] == [4, 8, 10]
     assert metrics(killed) == whole
+    curve = EventAccumulator(str(killed)).Reload().Scalars("total_loss")
+    assert [point.step for point in curve] == sorted({point.step for point in curve})
     for name in ("model_final.pth", "model_best.pth"):
         expected, got = weights(tmp_path / "whole", name), weights(killed, name)
         assert all(torch.equal(got[key], value) for key, value in expected.items())
