@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
 from PIL import Image
 
+from mae_transfer.data.sampler import SampleKey
 from mae_transfer.detection.augment import Augmentation
-from mae_transfer.detection.config import load_config, resolve
+from mae_transfer.detection.config import build_augmentation, load_config, resolve
 from mae_transfer.detection.dataset import load_coco, read_categories
-from mae_transfer.detection.loader import EvaluationMapper, read_rgb
+from mae_transfer.detection.loader import EvaluationMapper, TrainingSamples, read_rgb
 from mae_transfer.detection.train import load_data
 from mae_transfer.errors import ConfigError, DataError
 
@@ -100,6 +103,24 @@ def test_a_part_is_chosen_by_seed_and_ids_alone_and_parts_are_nested(make_scenes
     for fraction in (0, 1.5, -1, float("nan")):
         with pytest.raises(ConfigError, match=r"dataset\.train\.fraction"):
             load(scenes).part(fraction, seed=0)
+
+
+def test_images_without_instances_can_be_trained_on(make_scenes: Callable[..., Any]) -> None:
+    scenes = make_scenes(num_images=2, side=64, num_instances=2)
+    scenes.content["annotations"] = [a for a in scenes.content["annotations"] if a["image_id"] == 0]
+    scenes.write()
+    overrides = [*scenes.overrides, "dataset.train.keep_empty=true", "dataset.image_size=64"]
+    cfg = resolve(load_config(TINY, overrides))
+    kept, _ = load_data(cfg, training=True)
+    assert kept is not None
+    assert [len(record["annotations"]) for record in kept.records] == [2, 0]
+    samples = TrainingSamples(kept, build_augmentation(cfg), seed=0)
+    model = instantiate(cfg.model)
+    with EventStorage():
+        for batch in ([0, 1], [1, 1]):
+            losses = model([samples[SampleKey(0, index)] for index in batch])
+            assert all(loss.isfinite() for loss in losses.values())
+            sum(losses.values()).backward()
 
 
 def test_training_data_are_the_part_asked_for(make_scenes: Callable[..., Any]) -> None:

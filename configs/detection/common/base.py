@@ -11,8 +11,15 @@ from mae_transfer.detection.model import mask_rcnn
 from mae_transfer.detection.optimizer import adamw, schedule
 
 dataset = dict(
-    train=dict(json=None, images=None, fraction=1.0, fraction_seed=0),  # fraction: share of the images, chosen by seed
-    val=dict(json=None, images=None, max_size=None),  # max_size: leave out images with a longer side
+    train=dict(
+        name=None,  # coco_2017_train, lvis_v1_train … below DETECTRON2_DATASETS, instead of json and images
+        json=None,
+        images=None,
+        fraction=1.0,  # share of the images, chosen by fraction_seed; a smaller one lies within a larger one
+        fraction_seed=0,
+        keep_empty=False,  # train on images without an instance, too
+    ),
+    val=dict(name=None, json=None, images=None, max_size=None),  # max_size: leave out images with a longer side
     image_size=1024,
     resize="jitter",  # or native: pixels are not resampled, training takes crops of image_size
     scale=[0.1, 2.0],
@@ -35,7 +42,7 @@ train = dict(
     clip_norm=None,
     ema=None,  # decay of an average of the weights, such as 0.9999; evaluation and prediction then use it
     freeze_blocks=0,  # k: patch embedding, positions and the first k blocks keep the checkpoint's weights
-    divergence_factor=5.0,  # give up when the loss stays so many times above its usual height; 0: never
+    divergence_factor=4.0,  # give up when the loss stays so many times above its usual height; 0: never
     checkpoint_period=5000,
     keep=2,
     eval_period=0,  # 0: at the end only
