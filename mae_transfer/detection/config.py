@@ -40,6 +40,7 @@ DERIVED = {
     "optimizer.batch_size": "train.batch_size",
     "schedule.max_iter": "train.max_iter, or train.epochs and the number of images",
 }
+_DATA_KEYS = ("name", "json", "images")  # that say where a part's data are
 _OUR_CODE = "mae_transfer.detection."
 
 
@@ -161,10 +162,12 @@ def resolve(cfg: DictConfig, *, training: bool = True) -> DictConfig:
     cfg = copy.deepcopy(cfg)
     OmegaConf.resolve(cfg)
     dataset, train = cfg.dataset, cfg.train
-    # The config of a run knows its categories; evaluating it does not need the training data any more.
+    # The config of a run knows its categories; evaluating it does not need the training data any more. A released
+    # detector, evaluated by a config, has those of the validation data.
     if training or not dataset.get("categories"):
-        _require_pair(dataset, "train", needed=True)
-        dataset.categories = [asdict(category) for category in read_categories(dataset.train.json)]
+        part = "val" if not training and not any(dataset.train.get(key) for key in _DATA_KEYS) else "train"
+        _require_pair(dataset, part, needed=True)
+        dataset.categories = [asdict(category) for category in read_categories(dataset[part].json)]
     _require_pair(dataset, "val", needed=not training)
     check_settings(cfg)
 

@@ -83,7 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="a LazyConfig, see configs/detection/")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in train.output_dir")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate the last checkpoint in train.output_dir")
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate the last checkpoint in train.output_dir or, without one, the detector train.init_checkpoint",
+    )
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine (GPUs, or CPU)")
     parser.add_argument("--num-machines", type=int, default=1, metavar="N")
     parser.add_argument("--machine-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
@@ -154,9 +158,27 @@ def run(cfg: DictConfig, train_set: CocoDataset | None, val: CocoDataset | None,
 
 def _evaluate_last(cfg: DictConfig, model: GeneralizedRCNN, checkpointer: StrictCheckpointer, val: CocoDataset) -> None:
     if not checkpointer.has_checkpoint():
-        raise CheckpointError(f"train.output_dir={cfg.train.output_dir} holds no checkpoint to evaluate")
+        _evaluate_given(cfg, model, val)
+        return
     state = checkpointer.load_for_inference(checkpointer.last_good())
     evaluate(cfg, model, val, state["iteration"] + 1)
+
+
+def _evaluate_given(cfg: DictConfig, model: GeneralizedRCNN, val: CocoDataset) -> None:
+    """Evaluate the whole detector of train.init_checkpoint, such as one of ViTDet's releases."""
+    source = cfg.train.init_checkpoint
+    if not source or not is_detector(source):
+        raise CheckpointError(
+            f"train.output_dir={cfg.train.output_dir} holds no checkpoint to evaluate, and train.init_checkpoint="
+            f"{source} names no whole detector"
+        )
+    report = load_detector(model, source)
+    if report.other_categories:
+        raise CheckpointError(
+            f"{source} was trained for another number of categories than the {len(val.categories)} of {val.json_file}"
+        )
+    logger.info("Detector from %s", report)
+    evaluate(cfg, model, val, iteration=0)
 
 
 def _train(
