@@ -6,7 +6,8 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,8 @@ class RecordMetrics(HookBase):
         Raises:
             RunFailed: the disk is full.
         """
-        try:
+        with _a_full_disk_fails_the_run():
             self._log.flush()
-        except OSError as error:
-            raise RunFailed(f"cannot write metrics.json: {error}; --resume goes on from the last checkpoint") from error
 
     def _write(self) -> None:
         iteration = self.trainer.storage.iter
@@ -97,8 +96,17 @@ class RecordMetrics(HookBase):
             if values:
                 record[name] = statistics.fmean(values)  # the model counts once in every accumulation round
         if record:
-            self._log.write({"iteration": iteration, **record})
+            with _a_full_disk_fails_the_run():
+                self._log.write({"iteration": iteration, **record})
             self._written = iteration
+
+
+@contextmanager
+def _a_full_disk_fails_the_run() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"cannot write metrics.json: {error}; --resume goes on from the last checkpoint") from error
 
 
 class SaveCheckpoints(HookBase):
