@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: bad input. RunFailed: a training failed.
     """
-    args = build_parser().parse_intermixed_args(argv)
+    args = build_parser().parse_intermixed_args(_overrides_last(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     if min(args.jobs, args.threads) < 1:
         raise ConfigError("--jobs and --threads are at least 1")
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     inits, out = [_init(text) for text in args.init], args.out
     runs = plan(out, inits=inits, seeds=args.seeds, fractions=args.fractions)
     task = TASKS[args.task](args.config_file, args.overrides, inits)
+    for run in {run.init.name: run for run in runs}.values():  # they differ in nothing else that could be wrong
+        task.check(run)
     definition = {
         "task": args.task,
         "config_file": str(args.config_file),
@@ -87,6 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(markdown(task, runs), end="")
     print(f"{out / 'results.md'}, {out / 'curves.png'}")
     return 0
+
+
+def _overrides_last(words: Sequence[str]) -> list[str]:
+    """section.key=value behind everything else: after --seeds and the like they would be taken for more of those."""
+    overrides = [
+        word
+        for before, word in zip(["", *words], words)
+        if re.match(r"\w+(\.\w+)+=", word) and before not in ("--init", "--out", "--config-file")
+    ]
+    return [*(word for word in words if word not in overrides), *(["--", *overrides] if overrides else [])]
 
 
 def _init(text: str) -> Init:

@@ -65,6 +65,9 @@ class Task(Protocol):
 
     metrics: ClassVar[Mapping[str, str]]  # key of a metric -> how it is called
 
+    def check(self, run: Run) -> None:
+        """Raises UserError for what the run would refuse."""
+
     def command(self, run: Run) -> list[str]:
         """Arguments for Python that start a run, or take it up where it stopped."""
 

@@ -48,13 +48,22 @@ class DetectionTask:
             }
             self.shared = [f"{key}={value}" for key, value in facts.items() if key not in given]
 
+    def check(self, run: Run) -> None:
+        """Raises what ``tools/train_det.py`` would refuse of the run's settings, before anything is written."""
+        from mae_transfer.detection.config import load_config, resolve  # the framework, when it is needed
+
+        resolve(load_config(self.config_file, self.settings(run)))
+
     def command(self, run: Run) -> list[str]:
-        more = [f"train.output_dir={run.folder}", f"train.seed={run.seed}"]
-        more += [f"dataset.train.fraction={run.fraction:g}", f"dataset.train.fraction_seed={run.seed}"]
+        return [str(TOOLS / "train_det.py"), "--config-file", str(self.config_file), "--resume", *self.settings(run)]
+
+    def settings(self, run: Run) -> list[str]:
+        """Overrides of the config."""
+        own = [f"train.output_dir={run.folder}", f"train.seed={run.seed}"]
+        own += [f"dataset.train.fraction={run.fraction:g}", f"dataset.train.fraction_seed={run.seed}"]
         if run.init.checkpoint is not None:
-            more.append(f"train.init_checkpoint={run.init.checkpoint}")
-        tool = [str(TOOLS / "train_det.py"), "--config-file", str(self.config_file), "--resume"]
-        return [*tool, *self.overrides, *self.shared, *more]
+            own.append(f"train.init_checkpoint={run.init.checkpoint}")
+        return [*self.overrides, *self.shared, *own]
 
     def curves(self, run: Run) -> dict[str, Curve]:
         # A line's evaluation is of the weights after as many iterations as its number says.

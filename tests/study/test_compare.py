@@ -54,6 +54,8 @@ class Training:
         self.wait = wait
         self.started: list[str] = []
 
+    def check(self, run: Run) -> None: ...
+
     def command(self, run: Run) -> list[str]:
         self.started.append(run.title)
         gain = (2 if run.init.checkpoint else 1) + run.seed / 400
@@ -149,6 +151,10 @@ BAD = [
     (["--init", "random", "--init", "a=ENCODER", "--fractions", "25"], "--fractions 25"),
     (["--init", "random", "--init", "a=ENCODER", "--jobs", "0"], "at least 1"),
     (["--init", "random", "--init", "a=ENCODER", "train.seed=1"], "sets train.seed itself"),
+    (["--init", "random", "--init", "a.b=ENCODER", "--seeds", "1", "2", "train.seed=1"], "sets train.seed itself"),
+    (["--init", "random", "--init", "a=ENCODER", "dataset"], "cannot read 'dataset'"),
+    (["--init", "random", "--init", "a=ENCODER", "train.max_itr=1"], "did you mean train.max_iter"),
+    (["--init", "random", "--init", "a=ENCODER"], "dataset.train.json"),
 ]
 
 
@@ -156,6 +162,7 @@ BAD = [
 def test_bad_input_is_refused(
     words: list[str], said: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("detectron2")
     config = str(ROOT / "configs/detection/tiny.py")
     words = [word.replace("ENCODER", str(encoder)) for word in words]
     assert run_tool(main, ["detection", "--config-file", config, "--out", str(tmp_path / "out"), *words]) == 2
