@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
-from mae_transfer.checkpoint.info import infer_info
-from mae_transfer.checkpoint.load import Report, fit, list_problems, shape_text, summarise
+from mae_transfer.checkpoint.info import EncoderInfo, infer_info
+from mae_transfer.checkpoint.load import Report, describe, fit, list_problems, shape_text, summarise
 from mae_transfer.checkpoint.read import read_tensors
 from mae_transfer.errors import CheckpointError
 
@@ -46,13 +46,35 @@ def read_detector(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: unreadable, unsafe, or no detector on a Vision Transformer.
     """
-    tensors, _ = read_tensors(path)
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], EncoderInfo]:
+    tensors, metadata = read_tensors(path)
     if not _is_whole(tensors):
         raise CheckpointError(
             f"{path} holds no whole detector on a Vision Transformer: expected tensors below {_ENCODER} and "
             f"{', '.join(_HEADS)} as ViTDet's releases have them; found {summarise(list(tensors)[:5])} …"
         )
-    return {_our_name(name): tensor for name, tensor in tensors.items() if not _FROM_THE_CONFIG.search(name)}
+    tensors = {_our_name(name): tensor for name, tensor in tensors.items() if not _FROM_THE_CONFIG.search(name)}
+    if metadata.get("family"):
+        return tensors, EncoderInfo.from_metadata(metadata, str(path))
+    encoder = {name.removeprefix(_ENCODER): tensor for name, tensor in tensors.items() if name.startswith(_ENCODER)}
+    return tensors, infer_info(encoder, family="detectron2", source=str(path))
+
+
+def describe_detector(detector: nn.Module) -> dict[str, str]:
+    """Metadata for a detector's file: its encoder, and the mean and std of its input, which no other part records.
+
+    Args:
+        detector: as of ``load_detector``; its ``pixel_mean`` and ``pixel_std`` are on the scale 0 to 255.
+    """
+    statistics = {}
+    for field, buffer in (("mean", "pixel_mean"), ("std", "pixel_std")):
+        values = detector.get_buffer(buffer).double().flatten() / 255
+        statistics[field] = tuple(round(value, 6) for value in values.tolist())
+    vit = cast("VisionTransformer", detector.get_submodule(_ENCODER.rstrip(".")))
+    return describe(vit, family="detectron2", **statistics).to_metadata()
 
 
 def load_detector(detector: nn.Module, path: str | Path) -> Report:
@@ -67,10 +89,8 @@ def load_detector(detector: nn.Module, path: str | Path) -> Report:
     Raises:
         CheckpointError: unreadable; a missing, unexpected or misshapen tensor. The model is left untouched.
     """
-    tensors, own = read_detector(path), detector.state_dict()
+    (tensors, info), own = _read(path), detector.state_dict()
     vit = cast("VisionTransformer", detector.get_submodule(_ENCODER.rstrip(".")))
-    encoder = {name.removeprefix(_ENCODER): tensor for name, tensor in tensors.items() if name.startswith(_ENCODER)}
-    info = infer_info(encoder, family="detectron2", source=str(path))
     loaded: dict[str, Tensor] = {}
     resized: dict[str, str] = {}
     other_categories: list[str] = []

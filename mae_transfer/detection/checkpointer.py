@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import GeneralizedRCNN
 
+from mae_transfer.checkpoint.detectors import describe_detector
 from mae_transfer.engine.checkpoints import verify_checkpoint
 from mae_transfer.engine.files import write_text, write_torch
 from mae_transfer.errors import CheckpointError
@@ -37,7 +39,10 @@ class StrictCheckpointer(DetectionCheckpointer):
     def _write(self, name: str, content: dict[str, Any]) -> bool:
         if not self.save_dir or not self.save_to_disk:
             return False
-        write_torch(Path(self.save_dir) / f"{name}.pth", {"model": self.model.state_dict(), **content})
+        model = {"model": self.model.state_dict()}
+        if isinstance(self.model, GeneralizedRCNN):
+            model["metadata"] = describe_detector(self.model)  # its input's mean and std go where the weights go
+        write_torch(Path(self.save_dir) / f"{name}.pth", {**model, **content})
         self.logger.info("Saved %s.pth", name)
         return True
 

@@ -14,11 +14,13 @@ from detectron2.config import instantiate
 from PIL import Image
 from pycocotools.coco import COCO
 
+from mae_transfer.checkpoint import image_statistics, load_backbone
 from mae_transfer.detection import Predictor
 from mae_transfer.detection.checkpointer import StrictCheckpointer
 from mae_transfer.detection.config import load_config, resolve, save_config
 from mae_transfer.errors import ConfigError, DataError, run_tool
 from mae_transfer.predict import main
+from mae_transfer.vit import build_vit
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection"
 SMALL = [
@@ -86,6 +88,15 @@ def test_files_checkpoints_and_scores(make_run: Callable[..., Path], scenes: Any
     threshold = float(everything.scores.median())
     kept = Predictor(folder, device="cpu", min_score=threshold)(file)
     assert len(kept) == int((everything.scores >= threshold).sum()) < len(everything)
+
+
+def test_what_starts_from_a_run_sees_images_as_the_run_did(make_run: Callable[..., Path], scenes: Any) -> None:
+    file = make_run("tiny", "dataset.mean=[0.1,0.2,0.3]", "dataset.std=[0.4,0.5,0.6]") / "model_final.pth"
+    assert image_statistics(file) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    cfg = resolve(load_config(CONFIGS / "tiny.py", [*scenes.overrides, f"train.init_checkpoint={file}"]))
+    assert list(cfg.model.pixel_mean) == pytest.approx([25.5, 51, 76.5])
+    vit = build_vit("tiny", patch_size=16, image_size=64, cls_token=False, final_norm=False)
+    assert not load_backbone(vit, file).missing
 
 
 @pytest.mark.parametrize(
