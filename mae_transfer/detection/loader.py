@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import detectron2.data.transforms as T
 import numpy as np
 import torch
-from detectron2.data import MapDataset
+from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data import detection_utils as utils
 from detectron2.data.samplers import InferenceSampler
 from detectron2.structures import BoxMode
@@ -48,15 +47,18 @@ class TrainingSamples(Dataset):
     """Augmented training samples, addressed by (epoch, index)."""
 
     def __init__(self, dataset: CocoDataset, augmentation: Augmentation, *, seed: int) -> None:
-        self.dataset = dataset
+        # In one block of bytes: Python counts references in the objects themselves, so that a worker that only looks at
+        # a million of them would come to own a copy of the memory they lie in.
+        self.records = DatasetFromList(dataset.records, serialize=True)
+        self.mask_format = dataset.mask_format
         self.augmentation = augmentation
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.dataset.records)
+        return len(self.records)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        record = self.dataset.records[key.index]
+        record = self.records[key.index]  # a copy of its own
         instances = [a for a in record["annotations"] if not a["iscrowd"]]
         boxes = _boxes(instances)
         transforms = self.augmentation.training(
@@ -66,13 +68,13 @@ class TrainingSamples(Dataset):
         size = image.shape[:2]
         # Masks are decoded and warped only for instances that are still there: a crop of a crowded image keeps few.
         seen = [
-            copy.deepcopy(instance)
+            instance
             for instance, box in zip(instances, transforms.apply_box(boxes) if len(boxes) else boxes)
             if _is_visible(box, size, self.augmentation.smallest_visible)
         ]
         return {
             "image": to_tensor(image),
-            "instances": _to_instances(seen, transforms, size, self.dataset.mask_format),
+            "instances": _to_instances(seen, transforms, size, self.mask_format),
             "image_id": record["image_id"],
             "file_name": record["file_name"],
         }
@@ -128,7 +130,7 @@ def build_train_loader(
 def build_test_loader(dataset: CocoDataset, augmentation: Augmentation, *, num_workers: int) -> DataLoader:
     """One image at a time, split among the processes by Detectron2's own sampler."""
     return _Batches(
-        _Readable(MapDataset(dataset.records, EvaluationMapper(augmentation))),
+        _Readable(MapDataset(DatasetFromList(dataset.records), EvaluationMapper(augmentation))),
         sampler=InferenceSampler(len(dataset.records)),
         batch_size=1,
         num_workers=num_workers,

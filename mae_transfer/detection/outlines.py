@@ -150,24 +150,22 @@ def is_box(box: Any) -> TypeGuard[list[float]]:
 
 def check_box(box: Any, extent: Extent, note: Note) -> bool:
     """Whether the json's box (x, y, width, height) is that of the outline; the outline's is used where it is not."""
-    found = f"{str(box)[:80]}; the outline's is used, {_xywh(extent)}"
-    if box is None:
-        note(Action.REPAIRED, "annotation without a box", found)
-        return False
-    if not is_box(box):
-        note(Action.REPAIRED, "box that is none", found)
+    if box is None or not is_box(box):
+        what = "annotation without a box" if box is None else "box that is none"
+        note(Action.REPAIRED, what, _instead(box, extent))
         return False
     x0, y0, x1, y1 = extent
-    other = (box[0], box[1], box[0] + box[2], box[1] + box[3])
-    if max(abs(a - b) for a, b in zip(extent, other)) <= _MARGIN:
+    u0, v0, u1, v1 = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    if abs(x0 - u0) <= _MARGIN and abs(y0 - v0) <= _MARGIN and abs(x1 - u1) <= _MARGIN and abs(y1 - v1) <= _MARGIN:
         return True
-    inner = max(0, min(x1, other[2]) - max(x0, other[0])) * max(0, min(y1, other[3]) - max(y0, other[1]))
+    inner = max(0, min(x1, u1) - max(x0, u0)) * max(0, min(y1, v1) - max(y0, v0))
     union = (x1 - x0) * (y1 - y0) + box[2] * box[3] - inner
     if inner >= _AGREEMENT * union:
         return True
-    note(Action.REPAIRED, "box that disagrees with its outline", found)
+    note(Action.REPAIRED, "box that disagrees with its outline", _instead(box, extent))
     return False
 
 
-def _xywh(extent: Extent) -> list[float]:
-    return [extent[0], extent[1], extent[2] - extent[0], extent[3] - extent[1]]
+def _instead(box: Any, extent: Extent) -> str:
+    x0, y0, x1, y1 = extent
+    return f"{str(box)[:80]}; the outline's is used, {[x0, y0, x1 - x0, y1 - y0]}"

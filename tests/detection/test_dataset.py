@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mae_transfer.data.sampler import SampleKey
 from mae_transfer.detection.augment import Augmentation
 from mae_transfer.detection.config import build_augmentation, load_config, resolve
 from mae_transfer.detection.dataset import load_coco, read_categories
+from mae_transfer.detection.evaluation import score
 from mae_transfer.detection.loader import EvaluationMapper, TrainingSamples, read_rgb
 from mae_transfer.detection.train import load_data
 from mae_transfer.errors import ConfigError, DataError
@@ -201,6 +204,47 @@ def test_broken_data_is_named(scenes: Any, how: str, message: str) -> None:
     _break(scenes, how)
     with pytest.raises(DataError, match=message):
         load_coco(scenes.json, scenes.images)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_stands_in_a_json_is_data_or_an_error_of_ours(scenes: Any, seed: int) -> None:
+    """A few values anywhere in the file are replaced, removed or doubled at random."""
+    rng = random.Random(seed)
+    for _ in range(rng.randint(1, 4)):
+        node: Any = scenes.content
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key = rng.choice(keys)
+            if not isinstance(node[key], (dict, list)) or not node[key] or rng.random() < 0.1:
+                break
+            node = node[key]
+        how = rng.random()
+        if how < 0.1:
+            del node[key]
+        elif how < 0.2 and isinstance(node, list):
+            node.append(copy.deepcopy(node[key]))
+        else:
+            node[key] = copy.deepcopy(rng.choice(ODD_VALUES))
+    scenes.write()
+    try:
+        dataset = load_coco(scenes.json, scenes.images)
+    except DataError:
+        return
+    results = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.5}
+        for a in dataset.json_dict["annotations"]
+    ]
+    assert 0 <= score(dataset, results, "bbox", max_dets=100)["AR"] <= 100 or not results
+    score(dataset, [], "segm", max_dets=100)
+    samples = TrainingSamples(dataset, Augmentation(image_size=32, resize="native"), seed=0)
+    for index in range(len(samples)):
+        samples[SampleKey(0, index)]
+
+
+ODD_VALUES: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2**70, 1e300, float("nan"), float("-inf"), 0.5, "", "7", "a\0b", "é", "../../x"),
+    *([], {}, [[]], [None], [[1, 2, 3, 4, 5, 6]], [1, 2, 3, 4], {"size": [48, 48], "counts": "0"}, {"id": 1}),
+]
 
 
 def test_validation_must_number_the_same_categories(scenes: Any) -> None:
