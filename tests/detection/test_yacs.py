@@ -77,10 +77,10 @@ def test_default_trainer_and_predictor(
     make_scenes: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="detectron2")  # else DefaultTrainer sets up handlers that stay
-    code = re.search(r"```python\n(.*?)```", (CONFIGS / "README.md").read_text(), re.DOTALL)
-    assert code is not None
+    blocks = re.findall(r"```python\n(.*?)```", (CONFIGS / "README.md").read_text(), re.DOTALL)
+    (script,) = [block for block in blocks if "DefaultTrainer" in block]
     names: dict[str, Any] = {}
-    exec(code[1].replace("configs/detection/", f"{CONFIGS}/"), names)  # the script as README has it
+    exec(script.replace("configs/detection/", f"{CONFIGS}/"), names)
     vit = build_vit("tiny", image_size=32)
     encoder = tmp_path / "encoder.safetensors"
     write_safetensors(encoder, encoder_state(vit.state_dict()), describe(vit).to_metadata())
