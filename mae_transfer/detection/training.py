@@ -30,6 +30,7 @@ from mae_transfer.detection.loader import build_train_loader
 from mae_transfer.detection.settings import describe
 from mae_transfer.detection.trainer import Trainer
 from mae_transfer.detection.validation import evaluate
+from mae_transfer.engine.allocator import keep_freed_memory
 from mae_transfer.engine.ema import WeightAverage
 from mae_transfer.engine.precision import Precision
 from mae_transfer.engine.signals import StopRequest
@@ -61,6 +62,8 @@ def train_detector(
         if resume:
             logger.info("Nothing to resume in %s; starting at iteration 0", train.output_dir)
         _load_initial_weights(cfg, model)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     trainer = _build_trainer(cfg, model, num_images=len(train_set.records))
     checkpointer.add_checkpointable("trainer", trainer)
     trainer.register_hooks(
