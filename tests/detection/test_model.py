@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 from mae_transfer.detection import mask_rcnn
 from mae_transfer.detection.config import load_config, resolve
 from mae_transfer.detection.model import detections_per_image
+from mae_transfer.detection.train import main
 from mae_transfer.errors import ConfigError
 from tests.oracles import vitdet, vitdet_keys
 
@@ -213,3 +215,16 @@ def test_detections_per_image_are_known_of_both() -> None:
 def test_norms_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small(**arguments)
+
+
+@pytest.mark.parametrize("name", ["tiny_cascade", "tiny_fpn"])
+def test_tiny_siblings_train_and_are_evaluated(name: str, make_scenes: Callable[..., Any], tmp_path: Path) -> None:
+    """In bf16, as configured."""
+    scenes, run = make_scenes(num_images=2, side=64), tmp_path / "run"
+    smaller = ["dataset.image_size=64", "dataset.workers=0", "model.channels=32", "model.box_fc_width=32"]
+    smaller += ["model.window_size=3", "train.max_iter=2", "schedule.warmup_iters=1", "train.device=cpu"]
+    given = ["--config-file", str(CONFIGS / f"{name}.py"), *scenes.overrides, *smaller, f"train.output_dir={run}"]
+    assert main(given) == 0
+    assert {"bbox", "segm"} <= json.loads((run / "evaluation.json").read_text()).keys()
+    losses = json.loads((run / "metrics.json").read_text().splitlines()[0])
+    assert ("loss_cls_stage2" in losses) == (name == "tiny_cascade")
