@@ -13,6 +13,7 @@ BENCHMARKS = {
     "pretrain": "the pretraining step: ours, Hugging Face's ViTMAE, and the machine's matrix-product rate",
     "loader": "preparing images: our loader and a literal torchvision pipeline",
     "masking": "visible patches only against mask tokens in the encoder",
+    "detection": "the detection backbone, training step, inference and memory: ours and Detectron2's ViTDet",
     "evaluation": "COCO evaluation: ours and pycocotools",
 }
 
