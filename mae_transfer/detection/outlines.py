@@ -80,8 +80,11 @@ def _extent(polygon: Any, size: tuple[int, int]) -> Extent | str:
         return "has fewer than three points"
     xs, ys = polygon[0::2], polygon[1::2]
     x0, y0, x1, y1 = min(xs), min(ys), max(xs), max(ys)
-    if x1 <= 0 or y1 <= 0 or x0 >= size[1] or y0 >= size[0]:
+    height, width = size
+    if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
         return "lies outside the image"
+    if x0 < -width or y0 < -height or x1 > 2 * width or y1 > 2 * height:
+        return "reaches further outside the image than the image is large"  # drawing it would take any amount of memory
     twice_area = sum(map(operator.mul, xs, ys[1:] + ys[:1])) - sum(map(operator.mul, ys, xs[1:] + xs[:1]))
     # Of thin slivers the sums differ by rounding alone. A figure eight may cancel out, but then it has a box.
     if x1 <= x0 or y1 <= y0 or (len(xs) == 3 and abs(twice_area) < 1e-9 * (x1 * y1 + 1)):

@@ -213,6 +213,7 @@ REPAIRED: dict[str, tuple[Spoil, str]] = {
     "nan": (_outline([[float("nan"), 1, 9, 9, 9, 1]]), _NO_NUMBERS),
     "a line": (_outline([[1, 1, 5, 5, 9, 9]]), "annotation 1: outline that encloses no area"),
     "outside": (_outline([[60, 1, 70, 1, 70, 9]]), "annotation 1: outline that lies outside the image"),
+    "far outside": (_outline([[1, 1, 1e9, 1, 9, 9]]), "reaches further outside the image than the image is large"),
     "one of two": (
         _boxed([[1, 1, 9, 9], [1, 1, 9, 9, 9, 1]], [1, 1, 8, 8]),
         f"repaired: {_FIRST}: polygon that has fewer than three points: the annotation's other",
