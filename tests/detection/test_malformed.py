@@ -86,7 +86,7 @@ def test_every_problem_is_reported_not_only_the_first(scenes: Any, capsys: pytes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["check_dataset.py", "train_det.py"])
-@pytest.mark.parametrize("how", REFUSED)
+@pytest.mark.parametrize("how", ["json too deep", "annotation of no category", "JPEG cut off", "image of noise"])
 def test_the_tools_end_with_status_2_and_no_traceback(scenes: Any, how: str, tool: str) -> None:
     spoil, message = REFUSED[how]
     spoil(scenes)
