@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mae_transfer.errors import ConfigError
-from mae_transfer.position import Grid, resize_bias_table, resize_decomposed
+from mae_transfer.position import Grid, ResizeCache, resize_bias_table, resize_decomposed
 from mae_transfer.recompute import applies, norm_linear, runs_on_cpu
 from mae_transfer.relative import AttendInPieces, Bias, DecomposedBias, TabledBias
 
@@ -172,9 +172,11 @@ class Attention(nn.Module):
             head_dim = width // num_heads
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * h - 1, head_dim))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * w - 1, head_dim))
+            self._resized_h, self._resized_w = ResizeCache(), ResizeCache()
         else:
             num_rows = (2 * h - 1) * (2 * w - 1) + (3 if cls_token else 0)
             self.relative_position_bias_table = nn.Parameter(torch.zeros(num_rows, num_heads))
+            self._resized = ResizeCache()
 
     def forward(self, x: Tensor, grid: Grid | None = None, norm: nn.Module | None = None) -> Tensor:
         """(N, T, D) -> (N, T, D); ``grid`` (h, w) is needed only with relative position.
@@ -210,12 +212,9 @@ class Attention(nn.Module):
         bias: type[Bias] | None = None
         window = (window_size, window_size) if window_size else grid
         if self.relative == "decomposed":
-            bias, tables = DecomposedBias, (self.rel_pos_h, self.rel_pos_w)
-            resized = [resize_decomposed(rows, 2 * length - 1) for rows, length in zip(tables, window)]
-            table = torch.cat([rows.flip(0) for rows in resized])
+            bias, table = DecomposedBias, torch.cat([rows.flip(0) for rows in self._decomposed_tables(window)])
         elif self.relative == "bias":
-            assert self.table_grid is not None
-            bias, table = TabledBias, resize_bias_table(self.relative_position_bias_table, self.table_grid, window)
+            bias, table = TabledBias, self._bias_table(window)
         if table is not None:
             table = table.to(qkv.dtype)
         padding = self.qkv.bias.to(qkv.dtype) if window_size and self.has_qkv_bias else None
@@ -225,8 +224,9 @@ class Attention(nn.Module):
         """Bias (N, M, T, T) = q·R_h[Δrow] + q·R_w[Δcolumn]; the query is not scaled (ViTDet's code)."""
         h, w = grid
         n, m, t, d = q.shape
-        rows = relative_rows(self.rel_pos_h, h).to(q.dtype)  # (h, h, d): query row, key row
-        columns = relative_rows(self.rel_pos_w, w).to(q.dtype)  # (w, w, d)
+        by_height, by_width = self._decomposed_tables(grid)
+        rows = relative_rows(by_height, h).to(q.dtype)  # (h, h, d): query row, key row
+        columns = relative_rows(by_width, w).to(q.dtype)  # (w, w, d)
         q = q.reshape(n, m, h, w, d)
         by_row = torch.einsum("nmhwd,hkd->nmhwk", q, rows)  # (N, M, h, w, h)
         by_column = torch.einsum("nmhwd,wkd->nmhwk", q, columns)  # (N, M, h, w, w)
@@ -234,9 +234,18 @@ class Attention(nn.Module):
 
     def _tabled(self, grid: Grid) -> Tensor:
         """Bias (M, T, T) read from the table by the offset of query and key."""
+        return bias_from_table(self._bias_table(grid), grid, cls_token=self.cls_token)
+
+    def _decomposed_tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """R_h (2h-1, d) and R_w (2w-1, d)."""
+        h, w = grid
+        by_height = self._resized_h(resize_decomposed, self.rel_pos_h, 2 * h - 1)
+        return by_height, self._resized_w(resize_decomposed, self.rel_pos_w, 2 * w - 1)
+
+    def _bias_table(self, grid: Grid) -> Tensor:
+        """((2h-1)(2w-1) [+ 3], M)."""
         assert self.table_grid is not None
-        table = resize_bias_table(self.relative_position_bias_table, self.table_grid, grid)
-        return bias_from_table(table, grid, cls_token=self.cls_token)
+        return self._resized(resize_bias_table, self.relative_position_bias_table, self.table_grid, grid)
 
 
 class WindowAttention(Attention):

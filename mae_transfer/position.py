@@ -7,6 +7,10 @@ with theirs to rounding. The computation is done in float32 whatever the table's
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -133,3 +137,46 @@ def resize_bias_table(table: Tensor, grid_from: Grid, grid_to: Grid) -> Tensor:
     image = F.interpolate(image, size=(2 * new_h - 1, 2 * new_w - 1), mode="bicubic", align_corners=False)
     rows = image.reshape(heads, -1).T.to(table.dtype)
     return torch.cat([rows, table[num_rows:]]) if extra else rows
+
+
+class ResizeCache:
+    """A table resized once for each size that is asked for, as long as nobody trains it.
+
+    Wherever a gradient could reach the table, and while a compiler or an exporter reads the operators, the resize is
+    computed as it is written. What is kept belongs to one tensor in one version (torch counts changes in place, such
+    as an optimizer's), so a table that was trained, loaded or moved since is resized anew.
+    """
+
+    _MOST = 8  # sizes, for evaluation at several
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor]] = {}
+
+    def __call__(self, resize: Callable[..., Tensor], table: Tensor, *sizes: Grid | int) -> Tensor:
+        """``resize(table, *sizes)``, which must be a function of these alone."""
+        if not self._may_keep(table):
+            return resize(table, *sizes)
+        stamp = (table._version, table.data_ptr(), table.dtype)
+        if sizes in self._kept:
+            owner, stamp_then, resized = self._kept[sizes]
+            if owner() is table and stamp_then == stamp:
+                return resized
+        # Not a tensor of inference mode: it may be wanted outside of it next.
+        with torch.inference_mode(False), torch.no_grad():
+            resized = resize(table, *sizes)
+        if resized is table:  # of that size already
+            return table
+        self._kept.pop(sizes, None)
+        while len(self._kept) >= self._MOST:
+            del self._kept[next(iter(self._kept))]
+        self._kept[sizes] = (weakref.ref(table), stamp, resized)
+        return resized
+
+    @staticmethod
+    def _may_keep(table: Tensor) -> bool:
+        trained = torch.is_grad_enabled() and table.requires_grad
+        read = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        return not (trained or read or table.is_inference()) and type(table) in (Tensor, torch.nn.Parameter)
+
+    def __reduce__(self) -> tuple[type[ResizeCache], tuple[()]]:
+        return ResizeCache, ()  # a copy of a model begins with nothing kept

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mae_transfer.attention import Attention, WindowAttention
 from mae_transfer.errors import ConfigError
-from mae_transfer.position import Grid, grid_of, resize_pos_embed, sincos_2d, to_pair
+from mae_transfer.position import Grid, ResizeCache, grid_of, resize_pos_embed, sincos_2d, to_pair
 from mae_transfer.recompute import gelu_linear, norm_linear
 from mae_transfer.sizes import get_size
 
@@ -196,6 +196,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(self.patch_size, in_channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls_token else None
         self.pos_embed = nn.Parameter(sincos_2d(width, self.grid))
+        self._resized = ResizeCache()
 
         table_size = self.image_size
         if attention_image_size is not None:
@@ -248,7 +249,9 @@ class VisionTransformer(nn.Module):
 
     def position_rows(self, grid: Grid) -> Tensor:
         """(1, 1 + h·w, D) for any grid."""
-        return resize_pos_embed(self.pos_embed, self.grid, grid)
+        if grid == self.grid:
+            return self.pos_embed
+        return self._resized(resize_pos_embed, self.pos_embed, self.grid, grid)
 
     def prepend_cls(self, x: Tensor) -> Tensor:
         """(N, T, D) -> (N, 1 + T, D) where the model has a cls token; as is otherwise."""
