@@ -8,10 +8,12 @@ and torch's AdamW (its trainer for mixed precision refuses a CPU, so there autoc
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from mae_transfer.benchmark.measure import (
     write_json,
 )
 from mae_transfer.engine.allocator import keep_freed_memory
-from mae_transfer.errors import ConfigError, RunFailed
+from mae_transfer.errors import ConfigError, RunFailed, require
 from mae_transfer.sizes import get_size
 
 PARTS = {
@@ -94,18 +96,19 @@ class Setting:
 
     def batch(self) -> list[dict[str, Any]]:
         """Noise with polygons, as Detectron2's loader gives it."""
-        from detectron2.structures import Boxes, Instances, PolygonMasks
-
+        structures = _detectron2("structures")
         generator = torch.Generator().manual_seed(self.seed)
         side, inputs = self.image_size, []
         for _ in range(self.batch_size):
             corners = torch.rand(_INSTANCES, 2, generator=generator) * side / 2
             sizes = (0.1 + 0.4 * torch.rand(_INSTANCES, 2, generator=generator)) * side
             boxes = torch.cat([corners, corners + sizes], dim=1)
-            instances = Instances((side, side))
-            instances.gt_boxes = Boxes(boxes)
+            instances = structures.Instances((side, side))
+            instances.gt_boxes = structures.Boxes(boxes)
             instances.gt_classes = torch.randint(_CLASSES, (_INSTANCES,), generator=generator)
-            instances.gt_masks = PolygonMasks([[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes.tolist()])
+            instances.gt_masks = structures.PolygonMasks(
+                [[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes.tolist()]
+            )
             image = torch.randint(256, (3, side, side), generator=generator, dtype=torch.uint8)
             inputs.append({"image": image, "instances": instances, "height": side, "width": side})
         return inputs
@@ -113,12 +116,9 @@ class Setting:
 
 def detectron2_backbone(ours: nn.Module, setting: Setting) -> nn.Module:
     """Detectron2's ViT and SimpleFeaturePyramid as in its ViTDet configs, with the weights of ``ours``."""
-    from detectron2.modeling import ViT
-    from detectron2.modeling.backbone import SimpleFeaturePyramid
-    from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-
+    modeling = _detectron2("modeling.backbone")
     numbers = get_size(setting.size)
-    net = ViT(
+    net = modeling.ViT(
         img_size=setting.image_size,
         patch_size=16,
         embed_dim=numbers.width,
@@ -132,8 +132,13 @@ def detectron2_backbone(ours: nn.Module, setting: Setting) -> nn.Module:
         pretrain_img_size=224,
         out_feature="last_feat",
     )
-    peer = SimpleFeaturePyramid(
-        net, "last_feat", 256, scale_factors=(4.0, 2.0, 1.0, 0.5), top_block=LastLevelMaxPool(), norm="LN"
+    peer: nn.Module = modeling.SimpleFeaturePyramid(
+        net,
+        "last_feat",
+        256,
+        scale_factors=(4.0, 2.0, 1.0, 0.5),
+        top_block=_detectron2("modeling.backbone.fpn").LastLevelMaxPool(),
+        norm="LN",
     )
     state = {name.removeprefix("pyramid."): value for name, value in ours.state_dict().items()}
     peer.load_state_dict(state, strict=True)
@@ -163,10 +168,8 @@ class Run(Contestant):
         self.keep = name != "detectron2"  # our training has the allocator keep what is freed
 
     def imports(self) -> None:
-        import detectron2.modeling.backbone.vit  # noqa: F401
-
-        import mae_transfer.detection.model  # noqa: F401
-
+        _detectron2("modeling.backbone.vit")
+        importlib.import_module("mae_transfer.detection.model")
         if self.keep:
             keep_freed_memory()
 
@@ -195,27 +198,29 @@ class ForwardBackward(Run):
 
 class TrainingStep(Run):
     def set_up(self) -> None:
-        from detectron2.engine import SimpleTrainer
-        from detectron2.modeling import get_vit_lr_decay_rate
-        from detectron2.solver.build import get_default_optimizer_params
-
         from mae_transfer.detection.optimizer import adamw
         from mae_transfer.detection.trainer import Trainer
         from mae_transfer.engine.precision import Precision
 
         model = self.setting.detector(peer=self.peer).train()
         batches = _Forever(self.setting.batch())
-        self.trainer: SimpleTrainer
+        self.trainer: Any
         if self.peer:
-            decay = partial(get_vit_lr_decay_rate, num_layers=get_size(self.setting.size).depth, lr_decay_rate=0.7)
-            groups = get_default_optimizer_params(
+            decay = partial(
+                _detectron2("modeling").get_vit_lr_decay_rate,
+                num_layers=get_size(self.setting.size).depth,
+                lr_decay_rate=0.7,
+            )
+            groups = _detectron2("solver.build").get_default_optimizer_params(
                 model,
                 base_lr=1e-4,
                 weight_decay_norm=0.0,
                 lr_factor_func=decay,
                 overrides={"pos_embed": {"weight_decay": 0.0}},
             )
-            self.trainer = SimpleTrainer(model, batches, torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.1))
+            self.trainer = _detectron2("engine").SimpleTrainer(
+                model, batches, torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.1)
+            )
         else:
             optimizer = adamw(model, layer_decay=0.7, decay_rule="parity")
             precision = Precision(self.setting.precision, torch.device("cpu"))
@@ -223,9 +228,10 @@ class TrainingStep(Run):
         self.trainer.iter = 0
 
     def turn(self) -> None:
-        from detectron2.utils.events import EventStorage
-
-        with EventStorage() as self.trainer.storage, self.setting.autocast() if self.peer else nullcontext():
+        with (
+            _detectron2("utils.events").EventStorage() as self.trainer.storage,
+            self.setting.autocast() if self.peer else nullcontext(),
+        ):
             self.trainer.run_step()
 
 
@@ -237,6 +243,10 @@ class Latency(Run):
     def turn(self) -> None:
         with torch.no_grad(), self.setting.autocast():
             self.model(self.inputs)
+
+
+def _detectron2(module: str) -> ModuleType:
+    return require(f"detectron2.{module}", "detection")
 
 
 class _Forever:
@@ -327,7 +337,8 @@ def _measure(part: str, setting: Setting, arguments: argparse.Namespace) -> dict
         return {**facts, "memory_bytes": peaks}
     timings = race(contestants, rounds=arguments.rounds, threads=arguments.threads, max_seconds=arguments.max_seconds)
     print(speed_table(timings))
-    return {**facts, "seconds": {timing.name: timing.seconds for timing in timings}}
+    memory = {timing.name: timing.memory_bytes for timing in timings}
+    return {**facts, "seconds": {timing.name: timing.seconds for timing in timings}, "memory_bytes": memory}
 
 
 def _evaluation(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -351,10 +362,11 @@ def speed_table(timings: Sequence[Timing]) -> str:
             timing.name,
             Spread.of(timing.seconds).show(3),
             "" if timing is first else ratios(timing.seconds, first.seconds).show(),
+            f"{timing.memory_bytes / 2**30:.2f}",
         ]
         for timing in timings
     ]
-    return table(["", "seconds", f"{first.name} is faster by"], rows)
+    return table(["", "seconds", f"{first.name} is faster by", "peak GiB"], rows)
 
 
 def memory_table(peaks: dict[str, int]) -> str:
