@@ -60,7 +60,7 @@ class MAEBackbone(Backbone):
         self.net = net
         if pyramid == "sfp":
             self.taps: tuple[int, ...] = (net.depth - 1,)
-            self.pyramid: nn.Module = SimpleFeaturePyramid(
+            self.pyramid: SimpleFeaturePyramid | FourTapPyramid = SimpleFeaturePyramid(
                 net.width, net.patch_size, out_channels=out_channels, norm=norm.lower()
             )
             self.top_block: nn.Module = LastLevelMaxPool()
@@ -72,7 +72,8 @@ class MAEBackbone(Backbone):
         else:
             raise ConfigError(f"model.pyramid={pyramid}: expected one of {', '.join(PYRAMIDS)}")
         self.kind = pyramid
-        multiple = self.pyramid.size_divisibility
+        self._whole_maps: int = self.pyramid.size_divisibility
+        multiple = self._whole_maps
         if square_size % multiple:
             raise ConfigError(f"images are padded to {square_size} px squares, which is no multiple of {multiple}")
         # A multiple of the whole square: an image up to the square is padded to just that, and a larger one to the
@@ -91,7 +92,18 @@ class MAEBackbone(Backbone):
         return {"size_divisibility": self._size_divisibility, "square_size": 0}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (N, 3, H, W), H and W multiples of ``size_divisibility`` -> {"p2": (N, C, H/4, W/4), …}."""
+        """Normalised images (N, 3, H, W) -> {"p2": (N, C, H/4, W/4), …}.
+
+        Raises:
+            ConfigError: H or W is not a multiple of what the pyramid needs. Detectron2's models pad their images by
+                ``padding_constraints``; what calls the backbone itself must do so too.
+        """
+        multiple = self._whole_maps
+        if images.shape[2] % multiple or images.shape[3] % multiple:
+            raise ConfigError(
+                f"the backbone was given images of {images.shape[2]}x{images.shape[3]} px; pad them to multiples of "
+                f"{multiple} (detectron2.structures.ImageList.from_tensors with its padding_constraints does)"
+            )
         maps = self.net.forward_taps(images, self.taps)
         if self.kind == "sfp":
             levels = self.pyramid(maps[0])

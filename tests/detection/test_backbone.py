@@ -140,6 +140,34 @@ def test_yacs_input_is_what_mae_was_trained_on() -> None:
         build_backbone(cfg)
 
 
+def test_images_that_give_no_whole_maps_are_refused() -> None:
+    with pytest.raises(ConfigError, match="48x64 px; pad them to multiples of 32"):
+        ours()(torch.randn(1, 3, 48, 64))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_detectron2s(checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    reference, backbone = theirs().train(), ours().train()
+    for block in backbone.net.blocks:
+        block.checkpointing = checkpointing
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.normal_(std=0.1)
+    state = reference.state_dict()
+    backbone.load_state_dict({n if n.startswith("net.") else f"pyramid.{n}": value for n, value in state.items()})
+    images = torch.randn(2, 3, 96, 160)
+    gradients: list[dict[str, torch.Tensor]] = []
+    for model in (backbone, reference):
+        features = model(images)
+        torch.stack([feature.square().mean() for feature in features.values()]).sum().backward()
+        found = {name.removeprefix("pyramid."): p.grad for name, p in model.named_parameters()}
+        gradients.append({name: grad for name, grad in found.items() if grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, grad in gradients[1].items():
+        assert (gradients[0][name] - grad).norm() < 1e-4 * grad.norm(), name
+
+
 def test_usable_from_a_lazy_config() -> None:
     node = LazyCall(mae_backbone)(size="tiny", patch_size=8, image_size=64, window_size=4)
     assert instantiate(node).net.patch_size == (8, 8)
