@@ -14,7 +14,18 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 HOSTS = {"detectron2": "detection", "mmseg": "segmentation", "mmengine": "segmentation", "mmcv": "segmentation"}
 
 # Each room and the rooms that it may import, besides its own: imports run one way, downwards.
-GROUND = ["errors", "sizes", "position", "recompute", "relative", "attention", "vit", "pyramid", "layer_decay", "checkpoint"]
+GROUND = [
+    "errors",
+    "sizes",
+    "position",
+    "recompute",
+    "relative",
+    "attention",
+    "vit",
+    "pyramid",
+    "layer_decay",
+    "checkpoint",
+]
 SHARED = ["data", "engine", "probe", "visualize", "charts", "report"]
 HOST_ROOMS = ["detection", "segmentation"]
 
