@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor, nn
 
 from mae_transfer.checkpoint.info import EncoderInfo, infer_info
-from mae_transfer.checkpoint.load import Report, describe, fit, list_problems, shape_text, summarise
+from mae_transfer.checkpoint.load import (
+    Report,
+    describe,
+    fit,
+    list_problems,
+    load_backbone,
+    shape_text,
+    summarise,
+)
 from mae_transfer.checkpoint.read import read_tensors
 from mae_transfer.errors import CheckpointError
 
@@ -126,6 +134,21 @@ def load_detector(detector: nn.Module, path: str | Path) -> Report:
         other_categories=sorted(other_categories),
         info=info,
     )
+
+
+def load_initial(detector: nn.Module, path: str | Path) -> str:
+    """Start a detector from whatever ``path`` holds: a whole detector, or an encoder of any family, strictly.
+
+    Returns:
+        What was loaded, for the log.
+
+    Raises:
+        CheckpointError: unreadable, or of another model.
+    """
+    if is_detector(path):
+        return f"The whole detector from {load_detector(detector, path)}"
+    vit = cast("VisionTransformer", detector.get_submodule(_ENCODER.rstrip(".")))
+    return f"Encoder from {load_backbone(vit, path)}"
 
 
 def _is_whole(tensors: dict[str, Tensor]) -> bool:

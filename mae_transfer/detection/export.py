@@ -25,8 +25,7 @@ from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
 from mae_transfer.attention import Attention, WindowAttention
-from mae_transfer.checkpoint import load_backbone
-from mae_transfer.checkpoint.detectors import is_detector, load_detector
+from mae_transfer.checkpoint.detectors import load_initial
 from mae_transfer.detection.backbone import LEVELS
 from mae_transfer.detection.config import load_config, settle_model
 from mae_transfer.detection.predict import Predictor
@@ -103,7 +102,7 @@ def load_detector_of(run: str | Path, overrides: Sequence[str] = ()) -> tuple[Ge
     settle_model(cfg, num_classes=1)  # the heads are not exported
     detector = instantiate(cfg.model).eval()
     if path := cfg.train.init_checkpoint:
-        load_detector(detector, path) if is_detector(path) else load_backbone(detector.backbone.net, path)
+        load_initial(detector, path)
     return detector, cfg.dataset.image_size
 
 

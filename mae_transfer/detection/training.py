@@ -13,8 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, TensorboardXWriter
 from omegaconf import DictConfig
 
-from mae_transfer.checkpoint import load_backbone
-from mae_transfer.checkpoint.detectors import is_detector, load_detector
+from mae_transfer.checkpoint.detectors import load_initial
 from mae_transfer.detection.checkpointer import StrictCheckpointer
 from mae_transfer.detection.config import build_augmentation, save_config
 from mae_transfer.detection.dataset import CocoDataset
@@ -102,10 +101,8 @@ def _load_initial_weights(cfg: DictConfig, model: GeneralizedRCNN) -> None:
     source = cfg.train.init_checkpoint
     if not source:
         logger.info("train.init_checkpoint is not given: the encoder starts from random weights")
-    elif is_detector(source):
-        logger.info("The whole detector from %s", load_detector(model, source))
     else:
-        logger.info("Encoder from %s", load_backbone(model.backbone.net, source))
+        logger.info("%s", load_initial(model, source))
 
 
 def _build_trainer(cfg: DictConfig, model: GeneralizedRCNN, *, num_images: int) -> Trainer:
