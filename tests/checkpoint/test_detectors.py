@@ -18,26 +18,14 @@ from mae_transfer import build_vit, load_backbone
 from mae_transfer.checkpoint import describe, read_checkpoint, write_safetensors, write_torch
 from mae_transfer.checkpoint.detectors import is_detector, load_detector, read_detector
 from mae_transfer.checkpoint.pickles import read_pickle
-from mae_transfer.detection import mask_rcnn
 from mae_transfer.errors import CheckpointError
+from tests.detection.small import VITDET, small_detector
 from tests.oracles import vitdet
-
-NUM_CLASSES = 3
 
 
 def theirs() -> nn.Module:
     """Detectron2's own ViTDet, made small, with weights that all matter."""
-    cfg = vitdet(
-        width=192,
-        depth=12,
-        num_heads=3,
-        num_classes=NUM_CLASSES,
-        image_size=64,
-        pretrain_image_size=32,
-        window_size=3,
-        channels=16,
-        box_fc_width=32,
-    )
+    cfg = vitdet(**VITDET)
     cfg.roi_heads.box_predictor.test_score_thresh = 0.0
     torch.manual_seed(0)
     model = instantiate(cfg)
@@ -48,20 +36,7 @@ def theirs() -> nn.Module:
 
 
 def ours(**overrides: Any) -> nn.Module:
-    arguments = {
-        "num_classes": NUM_CLASSES,
-        "image_size": 64,
-        "square_size": 64,
-        "position_size": 32,
-        "pixel_mean": [123.675, 116.28, 103.53],
-        "pixel_std": [58.395, 57.12, 57.375],
-        "size": "tiny",
-        "window_size": 3,
-        "channels": 16,
-        "box_fc_width": 32,
-        "score_threshold": 0.0,
-    }
-    return mask_rcnn(**{**arguments, **overrides}).eval()
+    return small_detector(**{"score_threshold": 0.0, **overrides}).eval()
 
 
 @pytest.fixture(scope="module")

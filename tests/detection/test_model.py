@@ -17,11 +17,11 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from mae_transfer.detection import mask_rcnn
 from mae_transfer.detection.config import load_config, resolve
 from mae_transfer.detection.model import detections_per_image
 from mae_transfer.detection.train import main
 from mae_transfer.errors import ConfigError
+from tests.detection.small import VITDET, small_detector
 from tests.oracles import vitdet, vitdet_keys
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection"
@@ -142,36 +142,12 @@ def test_four_tap_configs_have_the_parameters_of_the_recipe(size: str, configure
 
 
 def small(**overrides: Any) -> nn.Module:
-    arguments = {
-        "num_classes": 3,
-        "image_size": 64,
-        "square_size": 64,
-        "position_size": 32,
-        "pixel_mean": [123.675, 116.28, 103.53],
-        "pixel_std": [58.395, 57.12, 57.375],
-        "size": "tiny",
-        "window_size": 3,
-        "channels": 16,
-        "box_fc_width": 32,
-        "drop_path": 0.0,
-    }
-    return mask_rcnn(**{**arguments, **overrides})
+    return small_detector(**{"drop_path": 0.0, **overrides})
 
 
 def test_a_cascade_trains_and_detects_as_detectron2s() -> None:
     """With the same weights, batch and draws: every loss, and every detection."""
-    cfg = vitdet(
-        width=192,
-        depth=12,
-        num_heads=3,
-        cascade=True,
-        num_classes=3,
-        image_size=64,
-        pretrain_image_size=32,
-        window_size=3,
-        channels=16,
-        box_fc_width=32,
-    )
+    cfg = vitdet(cascade=True, **VITDET)
     torch.manual_seed(0)
     theirs, ours = instantiate(cfg), small(cascade=True)
     with torch.no_grad():
