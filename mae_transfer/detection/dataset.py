@@ -8,7 +8,6 @@ to the json's own ids whatever they are (with gaps, from 0, or out of order).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,9 +18,10 @@ from typing import Any
 
 from detectron2.structures import BoxMode
 
+from mae_transfer.data.share import choose_share
 from mae_transfer.detection.check import Action, Problem, image_problems, look_at_all, refuse, summary
 from mae_transfer.detection.outlines import check_box, is_box, read_outline
-from mae_transfer.errors import ConfigError, DataError
+from mae_transfer.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +94,7 @@ class CocoDataset:
         return self._replace(kept)
 
     def part(self, fraction: float, *, seed: int) -> CocoDataset:
-        """A share of the images, chosen by ``seed`` and the image ids alone: the order in the json does not matter.
-
-        A smaller share of the same seed lies within a larger one, so that runs on 25 % and 50 % of the labels differ
-        by what is added, not by what was drawn.
+        """A share of the images, chosen by ``seed`` and the image ids alone (``choose_share``).
 
         Args:
             fraction: of the images, above 0 and at most 1; at least one image is kept.
@@ -105,17 +102,11 @@ class CocoDataset:
         Raises:
             ConfigError: another fraction.
         """
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"dataset.train.fraction={fraction}: expected a share above 0 and at most 1")
-        if fraction == 1:
+        ids = [record["image_id"] for record in self.records]
+        chosen = set(choose_share(ids, fraction, seed=seed, key="dataset.train.fraction"))
+        if len(chosen) == len(ids):
             return self
-        count = max(1, round(fraction * len(self.records)))
-
-        def lot(record: dict[str, Any]) -> bytes:
-            return hashlib.sha256(f"{seed} {record['image_id']}".encode()).digest()
-
-        chosen = {record["image_id"] for record in sorted(self.records, key=lot)[:count]}
-        logger.info("%d of %d images are trained on (dataset.train.fraction=%g)", count, len(self.records), fraction)
+        logger.info("%d of %d images are trained on (dataset.train.fraction=%g)", len(chosen), len(ids), fraction)
         return self._replace([record for record in self.records if record["image_id"] in chosen])
 
     def _replace(self, records: list[dict[str, Any]]) -> CocoDataset:

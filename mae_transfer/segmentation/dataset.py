@@ -17,6 +17,7 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 from torch.utils.data import Sampler
 
 from mae_transfer.data.draws import Draws, Purpose, permutation
+from mae_transfer.data.share import choose_share
 from mae_transfer.errors import DataError
 from mae_transfer.segmentation.folder import check_labels, find_pairs, read_mask, reduce_labels
 
@@ -44,13 +45,23 @@ class ADEFolder(BaseSegDataset):
         split: "training", "validation" …
         classes: names in the order of their labels.
         reduce_zero_label: label 0 is unlabelled.
+        fraction, fraction_seed: share of the images that is used, and what draws it (``choose_share``).
         **kwargs: BaseSegDataset's (``pipeline``, ``test_mode``, ``indices`` …).
     """
 
     def __init__(
-        self, *, root: str, split: str, classes: Sequence[str], reduce_zero_label: bool, **kwargs: Any
+        self,
+        *,
+        root: str,
+        split: str,
+        classes: Sequence[str],
+        reduce_zero_label: bool,
+        fraction: float = 1.0,
+        fraction_seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         self.root, self.split = root, split
+        self.fraction, self.fraction_seed = fraction, fraction_seed
         super().__init__(
             metainfo={"classes": tuple(classes), "palette": palette(len(classes))},
             reduce_zero_label=reduce_zero_label,
@@ -59,7 +70,10 @@ class ADEFolder(BaseSegDataset):
         )
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """One entry for each pair of the split, by name."""
+        """One entry for each pair of the split, by name; of the chosen ones where a fraction is asked for."""
+        pairs = find_pairs(self.root, self.split)
+        names = [pair.image.stem for pair in pairs]
+        chosen = set(choose_share(names, self.fraction, seed=self.fraction_seed, key="dataset.fraction"))
         return [
             {
                 "img_path": str(pair.image),
@@ -69,7 +83,8 @@ class ADEFolder(BaseSegDataset):
                 "num_classes": len(self.metainfo["classes"]),
                 "seg_fields": [],
             }
-            for pair in find_pairs(self.root, self.split)
+            for pair in pairs
+            if pair.image.stem in chosen
         ]
 
     def __getitem__(self, index: int) -> Any:

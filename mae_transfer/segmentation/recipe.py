@@ -159,7 +159,9 @@ def data(settings: Settings, facts: Facts) -> dict[str, Any]:
             "batch_size": _batch_per_process(settings, facts),
             **workers,
             "sampler": {"type": "ReplaySampler", "shuffle": True},
-            "dataset": source(dataset.train_split, train_pipeline),
+            "dataset": source(
+                dataset.train_split, train_pipeline, fraction=dataset.fraction, fraction_seed=dataset.fraction_seed
+            ),
         },
         "val_dataloader": validation,
         "test_dataloader": {**validation},

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mae_transfer.data.share import check_share
 from mae_transfer.engine.config import valid_keys
 from mae_transfer.errors import ConfigError, unknown_key
 
@@ -29,6 +30,8 @@ class DatasetSettings:
     resize: tuple[int, int] | None = None  # bound on the (longer, shorter) side; None: (4, 1) x the crop's shorter side
     scale_range: tuple[float, float] = (0.5, 2.0)  # training scales, relative to ``resize``
     train_split: str = "training"
+    fraction: float = 1.0  # share of the training images that is trained on
+    fraction_seed: int = 0  # draws which; a smaller share lies within a larger one
     val_split: str = "validation"
     workers: int = 4
 
@@ -169,6 +172,7 @@ def _check_choices(settings: Settings) -> None:
         value = value_of(key)
         if value is not None and value < 1:
             raise ConfigError(f"{key} is {value}; expected at least 1")
+    check_share(settings.dataset.fraction, "dataset.fraction")
     if settings.train.keep_checkpoints < 2:
         raise ConfigError(f"train.keep_checkpoints is {settings.train.keep_checkpoints}; expected at least 2")
 

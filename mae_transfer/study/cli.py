@@ -6,12 +6,13 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mae_transfer.errors import EXIT_PREEMPTED, CheckpointError, ConfigError
-from mae_transfer.study.compare import Init, claim, markdown, plan, run_all, write_results
+from mae_transfer.study.compare import Init, Task, claim, markdown, plan, run_all, write_results
 from mae_transfer.study.detection import DetectionTask
+from mae_transfer.study.segmentation import SegmentationTask
 
 _EPILOG = """\
 Every training is a process of its own below OUT/runs. Give the same command again to go on after an interruption;
@@ -23,7 +24,10 @@ finished runs are kept. OUT then holds results.md, results.json and curves.png. 
 """
 
 
-TASKS = {"detection": DetectionTask}
+TASKS: Mapping[str, Callable[[Path, Sequence[str], Sequence[Init]], Task]] = {
+    "detection": DetectionTask,
+    "segmentation": SegmentationTask,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("task", choices=TASKS, help="detection: Mask R-CNN by tools/train_det.py, box and mask AP")
+    parser.add_argument(
+        "task",
+        choices=TASKS,
+        help="detection: Mask R-CNN by tools/train_det.py, box and mask AP; "
+        "segmentation: UperNet by tools/train_seg.py, mIoU",
+    )
     parser.add_argument("--config-file", type=Path, required=True, metavar="FILE", help="the task's config")
     parser.add_argument(
         "--init",

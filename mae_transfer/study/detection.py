@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import yaml
 
-from mae_transfer.checkpoint import read_checkpoint
-from mae_transfer.errors import ConfigError
-from mae_transfer.study.compare import TOOLS, Curve, Init, Run
+from mae_transfer.study.compare import TOOLS, Curve, Init, Run, first_encoder, list_option, refuse_overrides
 
 # What the comparison itself sets in every run.
 _OURS = ("train.seed", "train.init_checkpoint", "train.output_dir", "dataset.train.fraction")
@@ -31,22 +29,19 @@ class DetectionTask:
     metrics: ClassVar[Mapping[str, str]] = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
 
     def __init__(self, config_file: Path, overrides: Sequence[str], inits: Sequence[Init]) -> None:
-        for override in overrides:
-            if override.partition("=")[0] in _OURS:
-                raise ConfigError(f"{override}: the comparison sets {override.partition('=')[0]} itself")
+        refuse_overrides(overrides, _OURS)
         self.config_file = config_file
         self.overrides = list(overrides)
         given = {override.partition("=")[0] for override in overrides}
-        self.shared: list[str] = []
-        first = next((init.checkpoint for init in inits if init.checkpoint is not None), None)
-        if first is not None:
-            info = read_checkpoint(first).info
+        info = first_encoder(inits)
+        facts: dict[str, Any] = {}
+        if info is not None:
             facts = {
                 "model.patch_size": info.patch_size[0],
-                "dataset.mean": _list(info.mean),
-                "dataset.std": _list(info.std),
+                "dataset.mean": list_option(info.mean),
+                "dataset.std": list_option(info.std),
             }
-            self.shared = [f"{key}={value}" for key, value in facts.items() if key not in given]
+        self.shared = [f"{key}={value}" for key, value in facts.items() if key not in given]
 
     def check(self, run: Run) -> None:
         """Raises what ``tools/train_det.py`` would refuse of the run's settings, before anything is written."""
@@ -86,7 +81,3 @@ class DetectionTask:
         """Iterations of a run that has begun."""
         config = run.folder / "config.yaml"
         return int(yaml.safe_load(config.read_text(encoding="utf-8"))["train"]["max_iter"]) if config.is_file() else 0
-
-
-def _list(values: Sequence[float]) -> str:
-    return f"[{','.join(repr(float(value)) for value in values)}]"

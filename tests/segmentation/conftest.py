@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,26 +45,30 @@ def draw_scene(seed: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
     return image.clip(0, 255).astype(np.uint8), labels
 
 
+def write_folder(
+    root: Path, *, num_train: int = 4, num_val: int = 2, size: tuple[int, int] = (64, 80), zero: bool = False
+) -> Path:
+    """Write an ADE-layout folder of boxes and return it; ``zero``: labels 1 to 4, not 0 to 3."""
+    for split, count in (("training", num_train), ("validation", num_val)):
+        (root / "images" / split).mkdir(parents=True)
+        (root / "annotations" / split).mkdir(parents=True)
+        for index in range(count):
+            image, labels = draw_scene(index, size)
+            Image.fromarray(image).save(root / "images" / split / f"scene_{index}.png")
+            Image.fromarray(labels + zero).save(root / "annotations" / split / f"scene_{index}.png")
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    return root
+
+
 MakeFolder = Callable[..., Path]
 
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> MakeFolder:
-    """A function that writes an ADE-layout folder of boxes and returns it; ``zero``: labels 1 to 4, not 0 to 3."""
+    """``write_folder`` in the test's own folder, which gets ``name``."""
 
-    def make(
-        num_train: int = 4, num_val: int = 2, size: tuple[int, int] = (64, 80), zero: bool = False, name: str = "ade"
-    ) -> Path:
-        root = tmp_path / name
-        for split, count in (("training", num_train), ("validation", num_val)):
-            (root / "images" / split).mkdir(parents=True)
-            (root / "annotations" / split).mkdir(parents=True)
-            for index in range(count):
-                image, labels = draw_scene(index, size)
-                Image.fromarray(image).save(root / "images" / split / f"scene_{index}.png")
-                Image.fromarray(labels + zero).save(root / "annotations" / split / f"scene_{index}.png")
-        (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-        return root
+    def make(name: str = "ade", **options: Any) -> Path:
+        return write_folder(tmp_path / name, **options)
 
     return make
 

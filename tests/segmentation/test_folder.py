@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmengine.registry import DefaultScope
+from mmseg.registry import DATASETS
 from PIL import Image
 
-from mae_transfer.errors import DataError, UserError
+from mae_transfer.errors import ConfigError, DataError, UserError
+from mae_transfer.segmentation.config import load_config
 from mae_transfer.segmentation.dataset import ADEFolder, ReplaySampler
 from mae_transfer.segmentation.folder import (
     check_folder,
@@ -181,8 +184,6 @@ def augmented(root: Path) -> ADEFolder:
         {"type": "RandomFlip", "prob": 0.5},
         {"type": "PhotoMetricDistortion"},
     ]
-    from mmengine.registry import DefaultScope
-
     with DefaultScope.overwrite_default_scope("mmseg"):
         return ADEFolder(
             root=str(root), split="training", classes=("a", "b", "c", "d"), reduce_zero_label=False, pipeline=pipeline
@@ -224,3 +225,24 @@ def test_augmentation_leaves_the_global_random_numbers_alone(make_folder) -> Non
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     dataset[next(iter(ReplaySampler(dataset, seed=1)))]
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+def test_a_share_of_the_training_images(make_folder, tmp_path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text("dataset = {}\nencoder = {'size': 'tiny'}\n", encoding="utf-8")
+
+    def images(fraction: float, seed: int, which: str = "train") -> set[str]:
+        options = {"dataset.root": str(root), "dataset.fraction": fraction, "dataset.fraction_seed": seed}
+        derived = load_config(config, options, work_dir=str(tmp_path / "run"))
+        with DefaultScope.overwrite_default_scope("mmseg"):
+            dataset = DATASETS.build(derived[f"{which}_dataloader"].dataset)
+        return {entry["img_path"] for entry in dataset.load_data_list()}
+
+    root = make_folder(num_train=8)
+    assert len(images(1.0, 0)) == 8
+    assert len(images(0.25, 0)) == 2
+    assert images(0.25, 0) < images(0.5, 0)
+    assert len({frozenset(images(0.25, seed)) for seed in range(4)}) > 1
+    assert images(0.25, 0, "val") == images(1.0, 0, "val")
+    with pytest.raises(ConfigError, match=r"dataset\.fraction=0"):
+        images(0, 0)

@@ -24,6 +24,7 @@ from mae_transfer.study import compare
 from mae_transfer.study.cli import main
 from mae_transfer.study.compare import Init, Outcome, Run, plan, run_all, verdicts, write_results
 from mae_transfer.study.detection import DetectionTask
+from mae_transfer.study.segmentation import SegmentationTask
 
 ROOT = Path(__file__).resolve().parents[2]
 INITS = [Init(name="pretrained", checkpoint=Path("x")), Init(name="random", checkpoint=None)]
@@ -143,6 +144,17 @@ def test_a_random_start_gets_what_the_checkpoint_says_of_its_input(encoder: Path
     assert set(first) ^ set(other) == own
 
 
+def test_so_it_does_in_segmentation(encoder: Path, tmp_path: Path) -> None:
+    inits = [Init(name="pretrained", checkpoint=encoder), Init(name="random", checkpoint=None)]
+    task = SegmentationTask(ROOT / "configs/segmentation/upernet_tiny.py", ["train.max_iters=5"], inits)
+    first, other = (task.settings(run) for run in plan(tmp_path, inits=inits, seeds=[3], fractions=[0.25]))
+    mean, std = "[127.5,63.75,31.875]", "[63.75,63.75,63.75]"
+    common = {"encoder.patch_size=8", f"model.data_preprocessor.mean={mean}", f"model.data_preprocessor.std={std}"}
+    common |= {"train.max_iters=5", "train.seed=3", "dataset.fraction=0.25", "dataset.fraction_seed=3"}
+    assert set(other) == common
+    assert set(first) == common | {f"init_checkpoint={encoder}"}
+
+
 BAD = [
     (["--init", "random"], "two starts"),
     (["--init", "random", "--init", "random"], "twice"),
@@ -200,3 +212,43 @@ def test_two_starts_of_mask_rcnn(encoder: Path, tmp_path: Path) -> None:
     content = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert len(content) == 4
     assert all([step for step, _ in entry["curves"]["segm/AP"]] == [2, 4] for entry in content)
+
+
+BAD_SEGMENTATION = [
+    (["train.seed=1"], "sets train.seed itself"),
+    (["init_checkpoint=x.pth"], "sets init_checkpoint itself"),
+    (["train.max_itr=1"], "did you mean train.max_iters"),
+    (["dataset.root=missing"], "dataset.root missing is not a folder"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), BAD_SEGMENTATION, ids=[said for _, said in BAD_SEGMENTATION])
+def test_bad_input_of_segmentation_is_refused(
+    words: list[str], said: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mmseg")
+    command = ["segmentation", "--config-file", str(ROOT / "configs/segmentation/upernet_tiny.py")]
+    command += ["--out", str(tmp_path / "out"), "--init", "random", "--init", f"a={encoder}", *words]
+    assert run_tool(main, command) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_starts_of_upernet(encoder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mmseg")
+    from tests.segmentation.conftest import write_folder
+
+    root = write_folder(tmp_path / "data", num_train=4, num_val=2)
+    small = ["train.max_iters=4", "train.val_interval=2", "train.batch_size=2", "dataset.workers=0"]
+    small += ["dataset.crop_size=64", "head.channels=16", "dataset.reduce_zero_label=False", f"dataset.root={root}"]
+    command = [sys.executable, str(ROOT / "tools/compare_inits.py"), "segmentation", "--out", str(tmp_path / "out")]
+    command += ["--config-file", str(ROOT / "configs/segmentation/upernet_tiny.py"), "--seeds", "0"]
+    command += ["--fractions", "0.5", "1", "--init", f"ours={encoder}", "--init", "random", *small]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| 50 % | ours | 1 |" in done.stdout
+    content = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert [[step for step, _ in entry["curves"]["mIoU"]] for entry in content] == [[2, 4]] * 4
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "4 of 4 runs are finished already" in again.stderr
