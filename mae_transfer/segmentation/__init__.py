@@ -11,6 +11,7 @@ require("mmseg", "segmentation")
 # The imports below register on mmseg's registries, so they must follow the check.
 from mae_transfer.segmentation.backbone import MAEViT  # noqa: E402
 from mae_transfer.segmentation.dataset import ADEFolder, LoadIndexMask, ReplaySampler  # noqa: E402
+from mae_transfer.segmentation.heads import MAELinearHead  # noqa: E402
 from mae_transfer.segmentation.hooks import (  # noqa: E402
     PredictionPictures,
     ReplayRandomness,
@@ -26,6 +27,7 @@ __all__ = [
     "LoadIndexMask",
     "MAEAmpOptimWrapper",
     "MAELayerDecayConstructor",
+    "MAELinearHead",
     "MAEPyramid",
     "MAESegmentor",
     "MAEViT",

@@ -147,7 +147,8 @@ def gather_facts(
 
 def resolve_encoder(settings: Settings, info: EncoderInfo | None, *, patch_given: bool = False) -> tuple[str, int]:
     """Size and patch. A size that is set must be the checkpoint's (its loading says so); a patch that a config file
-    sets is for random weights, and a checkpoint's own wins over it unless the patch was ``patch_given`` as an option.
+    sets is for random weights, and a checkpoint's own wins over it unless the patch was ``patch_given`` as an option
+    or ``encoder.resize_patches`` is set.
 
     Raises:
         ConfigError: neither says, or the checkpoint is not of a size known here, or has oblong patches.
@@ -161,7 +162,7 @@ def resolve_encoder(settings: Settings, info: EncoderInfo | None, *, patch_given
     if size not in SIZES:
         raise ConfigError(f"encoder.size is {size!r}; expected one of {', '.join(SIZES)}")
     patch = encoder.patch_size
-    if info is not None and not patch_given:
+    if info is not None and not patch_given and not encoder.resize_patches:
         if info.patch_size[0] != info.patch_size[1]:
             raise ConfigError(
                 f"{settings.init_checkpoint} has oblong patches {info.patch_size}; the pyramid needs square ones"

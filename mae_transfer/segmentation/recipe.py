@@ -7,6 +7,7 @@ used by MMSegmentation's own tools.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from mae_transfer.sizes import get_size
 MAX_WARMUP = 1500
 CAT_MAX_RATIO = 0.75  # no class fills more of a training crop, where ten tries find one
 LABEL_PAD = 255
+AUX_WEIGHT = 0.4  # of the auxiliary head's loss, under UperNet
+SIMPLE_PYRAMID_CHANNELS = 256  # ViTDet's; a narrower encoder keeps its width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,27 +42,13 @@ class Facts:
 
 
 def model(settings: Settings, facts: Facts) -> dict[str, Any]:
-    """UperNet: MAEViT, MAEPyramid, UPerHead and the auxiliary FCN head on the third map."""
-    size = get_size(facts.size)
+    """The encoder, its pyramid and a head: UperNet, or one for probing on the last block's map alone."""
     crop = crop_size(settings, facts.patch_size)
-    encoder, head = settings.encoder, settings.head
-    norm = _norm(settings, facts)
-    shared = {
-        "num_classes": len(facts.classes),
-        "dropout_ratio": head.dropout,
-        "norm_cfg": norm,
-        "align_corners": False,
-    }
-    auxiliary = {
-        "type": "FCNHead",
-        "in_channels": size.width,
-        "in_index": 2,
-        "channels": head.aux_channels,
-        "num_convs": 1,
-        "concat_input": False,
-        "loss_decode": _cross_entropy(head.aux_weight),
-        **shared,
-    }
+    encoder, size = settings.encoder, get_size(facts.size)
+    pyramid = _pyramid(settings)
+    neck = _neck(settings, facts, pyramid)
+    # Channels of the maps that the heads read.
+    channels = [size.width] if neck is None else [neck.get("out_channels", size.width)] * 4
     return {
         "type": "MAESegmentor",
         "data_preprocessor": {
@@ -76,29 +65,16 @@ def model(settings: Settings, facts: Facts) -> dict[str, Any]:
             "size": facts.size,
             "patch_size": facts.patch_size,
             "image_size": crop,
-            "taps": size.segmentation_taps,
+            "taps": size.segmentation_taps if pyramid == "four_tap" else (size.depth - 1,),
             "relative_position": encoder.relative_position,
             "layer_scale": encoder.layer_scale,
             "drop_path": size.segmentation_drop_path if encoder.drop_path is None else encoder.drop_path,
             "checkpointing": encoder.checkpointing,
             "init_checkpoint": settings.init_checkpoint,
         },
-        "neck": {
-            "type": "MAEPyramid",
-            "width": size.width,
-            "patch_size": facts.patch_size,
-            "norm": {"SyncBN": "syncbn", "BN": "bn", "GN": "gn"}[norm["type"]],
-        },
-        "decode_head": {
-            "type": "UPerHead",
-            "in_channels": [size.width] * 4,
-            "in_index": [0, 1, 2, 3],
-            "pool_scales": head.pool_scales,
-            "channels": head.channels or size.width,
-            "loss_decode": _cross_entropy(1.0),
-            **shared,
-        },
-        "auxiliary_head": auxiliary if head.aux_weight else None,
+        "neck": neck,
+        "decode_head": _decode_head(settings, facts, channels),
+        "auxiliary_head": _auxiliary_head(settings, facts, channels),
         "train_cfg": {},
         "test_cfg": {
             "mode": "slide",
@@ -107,6 +83,80 @@ def model(settings: Settings, facts: Facts) -> dict[str, Any]:
             "window_batch": settings.test.window_batch,
             "precision": "bf16" if settings.train.precision == "bf16" else "fp32",
         },
+    }
+
+
+def _pyramid(settings: Settings) -> str:
+    """ "four_tap" and "simple" are for UperNet; a probing head reads the last block's map as it is: "none"."""
+    probing = settings.head.kind != "upernet"
+    pyramid = settings.encoder.pyramid or ("none" if probing else "four_tap")
+    if probing != (pyramid == "none"):
+        expected = "none" if probing else "four_tap or simple"
+        raise ConfigError(f"encoder.pyramid is {pyramid}; head.kind={settings.head.kind} expects {expected}")
+    return pyramid
+
+
+def _neck(settings: Settings, facts: Facts, pyramid: str) -> dict[str, Any] | None:
+    if pyramid == "none":
+        return None
+    width = get_size(facts.size).width
+    shared = {"width": width, "patch_size": facts.patch_size}
+    if pyramid == "simple":
+        norm = settings.encoder.pyramid_norm or "ln"  # ViTDet's
+        return {"type": "MAESimplePyramid", **shared, "norm": norm, "out_channels": min(width, SIMPLE_PYRAMID_CHANNELS)}
+    return {"type": "MAEPyramid", **shared, "norm": settings.encoder.pyramid_norm or _norm_name(settings, facts)}
+
+
+def _decode_head(settings: Settings, facts: Facts, channels: Sequence[int]) -> dict[str, Any]:
+    head = settings.head
+    width = head.channels or get_size(facts.size).width
+    shared = {**_head(settings, facts, width), "loss_decode": _cross_entropy(1.0)}
+    if head.kind == "linear":
+        if head.channels is not None:
+            raise ConfigError("head.channels has no meaning under head.kind=linear, which classifies the map itself")
+        return {"type": "MAELinearHead", "in_channels": channels[0], "in_index": 0, **shared}
+    if head.kind == "fcn":
+        convolutions = {"channels": width, "num_convs": 2, "concat_input": False}
+        return {"type": "FCNHead", "in_channels": channels[0], "in_index": 0, **convolutions, **shared}
+    return {
+        "type": "UPerHead",
+        "in_channels": list(channels),
+        "in_index": list(range(len(channels))),
+        "pool_scales": head.pool_scales,
+        "channels": width,
+        **shared,
+    }
+
+
+def _auxiliary_head(settings: Settings, facts: Facts, channels: Sequence[int]) -> dict[str, Any] | None:
+    """FCN on the third map, under UperNet alone."""
+    head = settings.head
+    weight = head.aux_weight
+    if weight is None:
+        weight = AUX_WEIGHT if head.kind == "upernet" else 0.0
+    if weight == 0:
+        return None
+    if head.kind != "upernet":
+        raise ConfigError(f"head.aux_weight is {weight:g}; only head.kind=upernet has an auxiliary head")
+    return {
+        "type": "FCNHead",
+        "in_channels": channels[2],
+        "in_index": 2,
+        "channels": head.aux_channels,
+        "num_convs": 1,
+        "concat_input": False,
+        "loss_decode": _cross_entropy(weight),
+        **_head(settings, facts, head.aux_channels),
+    }
+
+
+def _head(settings: Settings, facts: Facts, channels: int) -> dict[str, Any]:
+    """What every head is given; ``channels`` are those that it normalises."""
+    return {
+        "num_classes": len(facts.classes),
+        "dropout_ratio": settings.head.dropout,
+        "norm_cfg": _norm(settings, facts, channels),
+        "align_corners": False,
     }
 
 
@@ -312,19 +362,25 @@ def _cross_entropy(weight: float) -> dict[str, Any]:
     return {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": weight, "avg_non_ignore": False}
 
 
-def _norm(settings: Settings, facts: Facts) -> dict[str, Any]:
+def _norm_name(settings: Settings, facts: Facts) -> str:
     """The heads' normalisation. SyncBN needs GPUs and is BN on one process, so "auto" picks by both."""
     name = settings.head.norm
     if name == "auto":
         name = "syncbn" if facts.num_processes > 1 and facts.gpus else "bn"
-    if name == "gn":
-        return {"type": "GN", "num_groups": 32, "requires_grad": True}
     alone = name == "bn" or facts.num_processes == 1
-    if alone and _batch_per_process(settings, facts) == 1:
+    pooled = settings.head.kind == "upernet"
+    if pooled and alone and name != "gn" and _batch_per_process(settings, facts) == 1:
         raise ConfigError(
             "a batch of 1 image to a process leaves batch normalisation nothing to average over in the pooled "
             "branch; give train.batch_size of at least 2 a process, or head.norm=gn"
         )
+    return name
+
+
+def _norm(settings: Settings, facts: Facts, channels: int) -> dict[str, Any]:
+    name = _norm_name(settings, facts)
+    if name == "gn":
+        return {"type": "GN", "num_groups": math.gcd(32, channels), "requires_grad": True}
     return {"type": "SyncBN" if name == "syncbn" else "BN", "requires_grad": True}
 
 

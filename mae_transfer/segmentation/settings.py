@@ -42,22 +42,26 @@ class EncoderSettings:
 
     size: str | None = None  # None: as in the checkpoint's metadata
     patch_size: int | None = None  # of random weights, a checkpoint has its own; None: the size's
+    resize_patches: bool = False  # bring a checkpoint's projection to patch_size, rather than take over its own
     relative_position: str | None = "bias"  # BEiT's table in every block, zero at the start; None for none
     layer_scale: float | None = 1.0
     drop_path: float | None = None  # None: the size's in BEiT's recipe
     checkpointing: bool = False
+    pyramid: str | None = None  # four_tap, simple (of the last block, ViTDet) or none; None: four_tap under UperNet
+    pyramid_norm: str | None = None  # bn, syncbn, gn, ln; None: ln in the simple pyramid, the head's norm in the other
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSettings:
-    """UPerHead and the auxiliary FCN head."""
+    """UPerHead and the auxiliary FCN head, or a head for probing on the last block's map."""
 
+    kind: str = "upernet"  # or fcn (two 3x3 convolutions), linear (a norm and a 1x1 convolution)
     channels: int | None = None  # None: the encoder's width
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
     dropout: float = 0.1
     norm: str = "auto"  # auto: SyncBN on several GPUs, BN otherwise; or bn, syncbn, gn
     aux_channels: int = 256
-    aux_weight: float = 0.4  # 0: no auxiliary head
+    aux_weight: float | None = None  # 0: no auxiliary head; None: 0.4 under UperNet, which alone has one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,8 @@ class TestSettings:
 
     stride: int | tuple[int, int] | None = None  # None: two thirds of the crop
     window_batch: int = 4  # windows to a forward pass
-    scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of --tta, on the resized image
+    tta: bool = False  # average over ``scales`` and flips, as --tta does
+    scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of test-time augmentation, on the resized image
     pictures: int = 8  # overlays written at every validation
 
 
@@ -145,6 +150,9 @@ _SECTIONS: dict[str, type] = {
 
 _CHOICES = {
     "encoder.relative_position": (None, "bias"),
+    "encoder.pyramid": (None, "four_tap", "simple", "none"),
+    "encoder.pyramid_norm": (None, "bn", "syncbn", "gn", "ln"),
+    "head.kind": ("upernet", "fcn", "linear"),
     "head.norm": ("auto", "bn", "syncbn", "gn"),
     "train.precision": ("fp32", "bf16", "fp16"),
     "train.weight_decay_groups": ("clean", "parity"),

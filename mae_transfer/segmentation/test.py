@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("config", help="the config it was trained with: the .py in its work dir, or a shipped one")
     parser.add_argument("checkpoint", help="a .pth that train_seg wrote")
     parser.add_argument("--work-dir", help="where logs and predictions/ go; CHECKPOINT's folder + /test by default")
-    parser.add_argument("--tta", action="store_true", help="average over the scales of test.scales and flips")
+    parser.add_argument("--tta", action="store_true", help="average over test.scales and flips (test.tta)")
     add_common_flags(parser)
     return parser
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_classes=len(config.facts.classes),
         reduce_zero_label=dataset.reduce_zero_label,
     )
-    metrics = run_test(config, arguments.checkpoint, tta=arguments.tta)
+    metrics = run_test(config, arguments.checkpoint, tta=arguments.tta or config.settings.test.tta)
     if os.environ.get("RANK", "0") == "0":
         print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if not name.endswith("time")))
         print(f"overlays are in {work_dir}/predictions")
