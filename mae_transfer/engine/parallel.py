@@ -6,9 +6,10 @@ around both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -45,14 +46,19 @@ def parallelise(model: nn.Module, processes: Processes, *, strategy: str) -> nn.
     if not processes.is_distributed:
         return model
     if strategy == "fsdp2":
-        mesh = init_device_mesh(processes.device.type, (processes.world_size,))
-        for block in repeated_blocks(model):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        shard(model, repeated_blocks(model), device=processes.device, world_size=processes.world_size)
         return model
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     # Buckets as views of the gradients save a copy; the loss uses every parameter, so none has to be searched for.
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], *, device: torch.device, world_size: int) -> None:
+    """Spread ``model`` over all processes by FSDP2, in place: each of ``blocks`` by itself, the rest together."""
+    mesh = init_device_mesh(device.type, (world_size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 @contextmanager

@@ -14,26 +14,37 @@ from mae_transfer.segmentation.dataset import ADEFolder, LoadIndexMask, ReplaySa
 from mae_transfer.segmentation.heads import MAELinearHead  # noqa: E402
 from mae_transfer.segmentation.hooks import (  # noqa: E402
     PredictionPictures,
-    ReplayRandomness,
+    RecordMetrics,
     SaveOnSignal,
+    ShareForValidation,
     StopOnBadLoss,
 )
+from mae_transfer.segmentation.loop import MAETrainLoop  # noqa: E402
 from mae_transfer.segmentation.neck import MAEPyramid  # noqa: E402
-from mae_transfer.segmentation.optimizer import MAEAmpOptimWrapper, MAELayerDecayConstructor  # noqa: E402
+from mae_transfer.segmentation.optimizer import (  # noqa: E402
+    MAEAmpOptimWrapper,
+    MAELayerDecayConstructor,
+    MAEOptimWrapper,
+)
+from mae_transfer.segmentation.processes import MAEDistributedDataParallel  # noqa: E402
 from mae_transfer.segmentation.segmentor import MAESegmentor  # noqa: E402
 
 __all__ = [
     "ADEFolder",
     "LoadIndexMask",
     "MAEAmpOptimWrapper",
+    "MAEDistributedDataParallel",
     "MAELayerDecayConstructor",
     "MAELinearHead",
+    "MAEOptimWrapper",
     "MAEPyramid",
     "MAESegmentor",
+    "MAETrainLoop",
     "MAEViT",
     "PredictionPictures",
-    "ReplayRandomness",
+    "RecordMetrics",
     "ReplaySampler",
     "SaveOnSignal",
+    "ShareForValidation",
     "StopOnBadLoss",
 ]

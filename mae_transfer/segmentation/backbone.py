@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmseg.registry import MODELS
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mae_transfer.checkpoint import load_backbone
 from mae_transfer.errors import ConfigError
+from mae_transfer.layer_decay import freeze_blocks as freeze_encoder_blocks
 from mae_transfer.sizes import get_size
 from mae_transfer.vit import VisionTransformer, size_arguments
 
@@ -28,6 +30,8 @@ class MAEViT(VisionTransformer):
         taps: blocks whose outputs are returned (0-based); by default BEiT's for the depth: B 3, 5, 7, 11.
         init_checkpoint: encoder file read by ``init_weights``; None keeps the random initialisation.
         relative_position, layer_scale: as in BEiT, beside the absolute embedding. There is no final norm.
+        frozen: for probing: nothing is trained, dropping stays off, and no gradient goes through.
+        freeze_blocks: the embeddings and so many blocks are not trained.
         **overrides: further arguments of VisionTransformer.
     """
 
@@ -40,6 +44,8 @@ class MAEViT(VisionTransformer):
         init_checkpoint: str | None = None,
         relative_position: str | None = "bias",
         layer_scale: float | None = 1.0,
+        frozen: bool = False,
+        freeze_blocks: int = 0,
         **overrides: Any,
     ) -> None:
         arguments: dict[str, Any] = {**size_arguments(size), **overrides}
@@ -56,6 +62,14 @@ class MAEViT(VisionTransformer):
             taps = get_size(size).segmentation_taps
         self.taps = tuple(taps)
         self.init_checkpoint = init_checkpoint
+        self.frozen = frozen
+        if frozen:
+            self.requires_grad_(False)
+        freeze_encoder_blocks(self, depth=self.depth, num_blocks=freeze_blocks)
+
+    def train(self, mode: bool = True) -> MAEViT:
+        """Training mode; a frozen encoder stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
 
     def init_weights(self) -> None:
         """Called by MMEngine's Runner before training: read ``init_checkpoint`` and log what was loaded.
@@ -75,7 +89,8 @@ class MAEViT(VisionTransformer):
         A size that is not a whole number of patches is filled with zeros (the mean colour) at the bottom and right;
         ``MAESegmentor`` crops the corresponding logits away again.
         """
-        return tuple(self.forward_taps(pad_to_patches(images, self.patch_size), self.taps))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return tuple(self.forward_taps(pad_to_patches(images, self.patch_size), self.taps))
 
 
 def pad_to_patches(images: Tensor, patch_size: tuple[int, int]) -> Tensor:

@@ -1,8 +1,9 @@
-"""Hooks of a run: replayable random numbers, leaving on bad losses and on signals, and pictures."""
+"""Hooks of a run: metrics, leaving on bad losses and on signals, and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +11,132 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.device import get_device
-from mmengine.dist import all_reduce, get_rank, is_main_process
+from mmengine.dist import all_reduce, barrier, broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
-from mae_transfer.data.draws import Purpose
+from mae_transfer.engine.metrics import MetricsLog, read_metrics
 from mae_transfer.errors import EXIT_PREEMPTED, RunFailed
-from mae_transfer.segmentation.dataset import draw_seed
+from mae_transfer.segmentation.processes import gather, release, share_statistics
 from mae_transfer.segmentation.visualize import draw_segmentation, save_picture
+
+METRICS = "metrics.json"
 
 
 @HOOKS.register_module()
-class ReplayRandomness(Hook):
-    """Start torch's random numbers (drop path, dropout) of iteration t at a function of (seed, t, process).
+class RecordMetrics(Hook):
+    """``metrics.json`` and ``tensorboard/`` in the work dir: one of each, however often the run is started.
 
-    A resumed run then drops what the uninterrupted one would have dropped.
+    Every iteration has a line ``{"step", "loss", "lr" …}`` and every validation a line ``{"step", "mIoU" …}``, of the
+    numbers that MMEngine logs, unsmoothed; ``base_lr`` is the heads' rate, ``lr`` the first layer's. MMEngine's own
+    ``*/vis_data/scalars.json`` begins anew at every start and repeats what a killed run had done behind its last
+    checkpoint.
+
+    A validation is recorded when its best checkpoint is written too. A run that goes on from an iteration whose
+    validation is missing begins with it.
+
+    Args:
+        interval: iterations between writes to the disk; a checkpoint implies the lines up to it in any case.
     """
 
-    priority = "VERY_HIGH"
+    priority = "LOW"  # behind the timer and MMEngine's log, before the checkpoint
 
-    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Seed the iteration about to run; every process has a stream of its own."""
-        torch.manual_seed(draw_seed(Purpose.STEP, seed=runner.seed, index=runner.iter, epoch=get_rank()))
+    def __init__(self, interval: int = 50) -> None:
+        self.interval = interval
+        self._log: MetricsLog | None = None
+        self._scores: dict[str, float] = {}
+
+    def before_train(self, runner: Any) -> None:
+        """Open the files and remove what was recorded of iterations that are done again."""
+        if is_main_process():
+            folder = Path(runner.work_dir)
+            self._log = MetricsLog(folder / METRICS, last_step=runner.iter, tensorboard=folder / "tensorboard")
+            runner.on_exit.callback(self._log.close)
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Make up for a validation that the run was killed in."""
+        loop, done = runner.train_loop, runner.iter
+        if not done or runner.val_loop is None or (done % loop.val_interval and done < loop.max_iters):
+            return
+        validated = [is_main_process() and _was_validated(Path(runner.work_dir) / METRICS, done)]
+        broadcast_object_list(validated)
+        if not validated[0]:
+            runner.val_loop.run()
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        """Write the iteration's line."""
+        if self._log is None:
+            return
+        scalars = runner.message_hub.log_scalars
+        numbers = {
+            name.removeprefix("train/"): history.current()
+            for name, history in scalars.items()
+            if name.startswith("train/")
+        }
+        with _a_full_disk_fails_the_run():
+            self._log.write({"step": runner.iter + 1, **numbers})
+        if self.every_n_train_iters(runner, self.interval):
+            self._flush()
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Keep the scores until the best checkpoint is written."""
+        self._scores = {name: float(value) for name, value in (metrics or {}).items() if np.ndim(value) == 0}
+
+    def after_val(self, runner: Any) -> None:
+        """Write the validation's line."""
+        if self._log is not None:
+            with _a_full_disk_fails_the_run():
+                self._log.write({"step": runner.iter, **self._scores})
+            self._flush()
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """To the disk, before a checkpoint that implies these lines."""
+        self._flush()
+
+    def after_train(self, runner: Any) -> None:
+        """Nothing is left to be written later."""
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._log is not None:
+            with _a_full_disk_fails_the_run():
+                self._log.flush()
+
+
+def _was_validated(path: Path, step: int) -> bool:
+    return path.is_file() and any(line["step"] == step and "mIoU" in line for line in read_metrics(path))
+
+
+@contextlib.contextmanager
+def _a_full_disk_fails_the_run() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"cannot write {METRICS}: {error}; --resume goes on from the last checkpoint") from error
+
+
+@HOOKS.register_module()
+class ShareForValidation(Hook):
+    """Before a validation by several processes: the same running means in all, and sharded weights whole."""
+
+    def before_val(self, runner: Any) -> None:
+        """Put together; all processes are here."""
+        share_statistics(runner.model)
+        gather(runner.model)
+
+    def after_val(self, runner: Any) -> None:
+        """Give up again what is others'."""
+        release(runner.model)
 
 
 @HOOKS.register_module()
 class StopOnBadLoss(Hook):
-    """End the run when the loss is no longer finite, rather than train on and save the result.
+    """End the run when the loss is no longer finite, before a checkpoint of it is written.
 
-    Args:
-        interval: iterations between looks (each waits for the device).
+    MMEngine has read the loss from the device for its own log by then: looking at every iteration costs nothing.
     """
-
-    def __init__(self, interval: int = 50) -> None:
-        self.interval = interval
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
@@ -53,13 +146,13 @@ class StopOnBadLoss(Hook):
         Raises:
             RunFailed: it is infinite or not a number.
         """
-        if outputs is None or not self.every_n_train_iters(runner, self.interval):
+        if outputs is None:
             return
         loss = float(outputs["loss"].detach())
         if not np.isfinite(loss):
             raise RunFailed(
-                f"the loss is {loss} at iteration {runner.iter + 1}; lower train.lr, or try train.precision=fp32. "
-                f"Checkpoints of before are in {runner.work_dir}"
+                f"the loss is {loss} at iteration {runner.iter + 1}; lower train.lr, or try train.precision=fp32 or "
+                f"train.clip_grad=1. Checkpoints of before are in {runner.work_dir}"
             )
 
 
@@ -93,9 +186,12 @@ class SaveOnSignal(Hook):
         if not asked:
             return
         name = f"iter_{runner.iter + 1}.pth"
-        if is_main_process() and not (Path(runner.work_dir) / name).exists():
+        saved = [(Path(runner.work_dir) / name).exists()]
+        broadcast_object_list(saved)
+        if not saved[0]:
             runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
         runner.logger.info(f"asked to stop: saved {name}; give --resume to go on")
+        barrier()  # the first process to leave has the others ended
         raise SystemExit(EXIT_PREEMPTED)
 
 

@@ -10,6 +10,8 @@ from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mae_transfer.errors import ConfigError, unknown_key
 from mae_transfer.layer_decay import parameter_groups
@@ -97,16 +99,52 @@ def _encoder_depth(module: nn.Module) -> int:
 
 
 @OPTIM_WRAPPERS.register_module()
-class MAEAmpOptimWrapper(AmpOptimWrapper):
-    """MMEngine's AmpOptimWrapper for bfloat16, on CPUs too: autocast without a loss scaler.
+class MAEOptimWrapper(OptimWrapper):
+    """MMEngine's OptimWrapper where an iteration is an optimizer step, whatever ``accumulative_counts``.
 
-    MMEngine's own refuses to be built without a GPU, and scales losses, which bfloat16's range makes needless.
+    MMEngine counts micro-batches as iterations, so that with accumulation every number of iterations (length,
+    schedule, warm-up, intervals) has to be multiplied by hand; a schedule that was not ends half-way at a rate of 0.
+    ``MAETrainLoop`` runs all micro-batches of a step in one iteration instead. Sharded gradients can be clipped too.
+    """
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches to a step."""
+        return self._accumulative_counts
+
+    def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
+        """Called by MMEngine's Runner with iterations; counted inside are micro-batches."""
+        super().initialize_count_status(model, init_counts * self.accumulate, max_counts * self.accumulate)
+
+    def _clip_grad(self) -> None:
+        options = dict(self.clip_grad_kwargs)
+        if "max_norm" not in options:  # by value
+            super()._clip_grad()
+            return
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        limit, kind = options.pop("max_norm"), options.pop("norm_type", 2.0)
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None], kind, **options)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # the shards' norms put together, by all processes
+        clip_grads_with_norm_(parameters, limit, norm)
+        self.message_hub.update_scalar("train/grad_norm", float(norm))
+
+
+@OPTIM_WRAPPERS.register_module()
+class MAEAmpOptimWrapper(MAEOptimWrapper, AmpOptimWrapper):
+    """MMEngine's AmpOptimWrapper that also runs in bfloat16 on CPUs, where it needs no loss scaler.
+
+    MMEngine's own refuses to be built without a GPU, and scales losses in bfloat16 too, whose range makes it needless.
+
+    Args:
+        dtype: "bfloat16", or "float16" with a dynamic loss scale that is saved with the optimizer.
+        **kwargs: OptimWrapper's.
     """
 
     def __init__(self, dtype: str = "bfloat16", **kwargs: Any) -> None:
-        if dtype != "bfloat16":
-            raise ConfigError(f"MAEAmpOptimWrapper is for bfloat16; use MMEngine's AmpOptimWrapper for {dtype}")
+        if dtype not in ("bfloat16", "float16"):
+            raise ConfigError(f"MAEAmpOptimWrapper: dtype is {dtype!r}; expected bfloat16 or float16")
         OptimWrapper.__init__(self, **kwargs)  # past AmpOptimWrapper's own, which asserts a GPU
-        self.cast_dtype = torch.bfloat16
+        self.cast_dtype = getattr(torch, dtype)
         self._scale_update_param = None
-        self.loss_scaler = torch.amp.GradScaler(get_device().split(":")[0], enabled=False)
+        self.loss_scaler = torch.amp.GradScaler(get_device().split(":")[0], enabled=dtype == "float16")

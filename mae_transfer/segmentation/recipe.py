@@ -70,6 +70,8 @@ def model(settings: Settings, facts: Facts) -> dict[str, Any]:
             "layer_scale": encoder.layer_scale,
             "drop_path": size.segmentation_drop_path if encoder.drop_path is None else encoder.drop_path,
             "checkpointing": encoder.checkpointing,
+            "frozen": encoder.frozen,
+            "freeze_blocks": settings.train.freeze_blocks,
             "init_checkpoint": settings.init_checkpoint,
         },
         "neck": neck,
@@ -137,7 +139,7 @@ def _auxiliary_head(settings: Settings, facts: Facts, channels: Sequence[int]) -
     if weight == 0:
         return None
     if head.kind != "upernet":
-        raise ConfigError(f"head.aux_weight is {weight:g}; only head.kind=upernet has an auxiliary head")
+        raise ConfigError(f"head.aux_weight is {weight:g}; only head.kind=upernet has an auxiliary head: set it to 0")
     return {
         "type": "FCNHead",
         "in_channels": channels[2],
@@ -239,6 +241,7 @@ def schedule(settings: Settings, facts: Facts) -> dict[str, Any]:
     return {
         "optim_wrapper": {
             **_wrapper(train.precision, gpus=facts.gpus),
+            "accumulative_counts": train.accumulate,
             "optimizer": {
                 "type": "AdamW",
                 "lr": train.lr,
@@ -247,11 +250,11 @@ def schedule(settings: Settings, facts: Facts) -> dict[str, Any]:
             },
             "paramwise_cfg": {"decay_rate": decay, "weight_decay_groups": train.weight_decay_groups},
             "constructor": "MAELayerDecayConstructor",
-            "clip_grad": None,
+            "clip_grad": None if train.clip_grad is None else {"max_norm": train.clip_grad},
         },
         "param_scheduler": [rise, decline] if warmup else [decline],
         "train_cfg": {
-            "type": "IterBasedTrainLoop",
+            "type": "MAETrainLoop",
             "max_iters": train.max_iters,
             "val_interval": _val_interval(settings),
         },
@@ -282,14 +285,15 @@ def runtime(settings: Settings, facts: Facts, work_dir: str) -> dict[str, Any]:
             "sampler_seed": {"type": "DistSamplerSeedHook"},
         },
         "custom_hooks": [
-            {"type": "ReplayRandomness"},
-            {"type": "StopOnBadLoss", "interval": train.log_interval},
+            {"type": "RecordMetrics", "interval": train.log_interval},
+            {"type": "ShareForValidation"},
+            {"type": "StopOnBadLoss"},
             {"type": "SaveOnSignal"},
             {"type": "PredictionPictures", "folder": f"{work_dir}/predictions", "count": settings.test.pictures},
         ],
         "visualizer": {
             "type": "SegLocalVisualizer",
-            "vis_backends": [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}],
+            "vis_backends": [{"type": "LocalVisBackend"}],  # TensorBoard is written by RecordMetrics
             "name": f"visualizer of {work_dir}",  # MMEngine keeps one by name, of the first run in a process
         },
         "log_processor": {"by_epoch": False, "window_size": train.log_interval},
@@ -300,6 +304,9 @@ def runtime(settings: Settings, facts: Facts, work_dir: str) -> dict[str, Any]:
             "dist_cfg": {"backend": "nccl" if facts.gpus else "gloo"},
         },
         "randomness": {"seed": train.seed},
+        "model_wrapper_cfg": {"type": "MAEDistributedDataParallel"},
+        "distributed": train.distributed,
+        "compile_blocks": train.compile,
         "load_from": None,
         "resume": False,
         "launcher": "none",
@@ -349,12 +356,18 @@ def _stride(settings: Settings, crop: tuple[int, int]) -> tuple[int, int]:
 
 
 def _batch_per_process(settings: Settings, facts: Facts) -> int:
-    batch = settings.train.batch_size
-    if batch % facts.num_processes:
+    return _micro_batch(settings, facts) * settings.train.accumulate
+
+
+def _micro_batch(settings: Settings, facts: Facts) -> int:
+    """Images that a process computes at once."""
+    batch, rounds = settings.train.batch_size, settings.train.accumulate
+    if batch % (facts.num_processes * rounds):
         raise ConfigError(
-            f"train.batch_size {batch} is over all processes and cannot be shared evenly by {facts.num_processes}"
+            f"train.batch_size {batch} is that of an iteration and cannot be shared evenly by {facts.num_processes} "
+            f"process(es) x train.accumulate={rounds}; use a multiple of {facts.num_processes * rounds}"
         )
-    return batch // facts.num_processes
+    return batch // (facts.num_processes * rounds)
 
 
 def _cross_entropy(weight: float) -> dict[str, Any]:
@@ -369,10 +382,10 @@ def _norm_name(settings: Settings, facts: Facts) -> str:
         name = "syncbn" if facts.num_processes > 1 and facts.gpus else "bn"
     alone = name == "bn" or facts.num_processes == 1
     pooled = settings.head.kind == "upernet"
-    if pooled and alone and name != "gn" and _batch_per_process(settings, facts) == 1:
+    if pooled and alone and name != "gn" and _micro_batch(settings, facts) == 1:
         raise ConfigError(
-            "a batch of 1 image to a process leaves batch normalisation nothing to average over in the pooled "
-            "branch; give train.batch_size of at least 2 a process, or head.norm=gn"
+            "a batch of 1 image at once leaves batch normalisation nothing to average over in the pooled branch; give "
+            "train.batch_size of at least 2 a process and round of train.accumulate, or head.norm=gn"
         )
     return name
 
@@ -386,9 +399,9 @@ def _norm(settings: Settings, facts: Facts, channels: int) -> dict[str, Any]:
 
 def _wrapper(precision: str, *, gpus: bool) -> dict[str, Any]:
     if precision == "fp32":
-        return {"type": "OptimWrapper"}
+        return {"type": "MAEOptimWrapper"}
     if precision == "bf16":
         return {"type": "MAEAmpOptimWrapper", "dtype": "bfloat16"}
     if not gpus:
         raise ConfigError("train.precision fp16 needs a CUDA device; use bf16 or fp32 here")
-    return {"type": "AmpOptimWrapper", "dtype": "float16", "loss_scale": "dynamic"}
+    return {"type": "MAEAmpOptimWrapper", "dtype": "float16"}

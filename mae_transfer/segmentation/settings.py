@@ -47,6 +47,7 @@ class EncoderSettings:
     layer_scale: float | None = 1.0
     drop_path: float | None = None  # None: the size's in BEiT's recipe
     checkpointing: bool = False
+    frozen: bool = False  # probing: it is not trained, runs as in evaluation, and no gradient goes through it
     pyramid: str | None = None  # four_tap, simple (of the last block, ViTDet) or none; None: four_tap under UperNet
     pyramid_norm: str | None = None  # bn, syncbn, gn, ln; None: ln in the simple pyramid, the head's norm in the other
 
@@ -62,6 +63,13 @@ class HeadSettings:
     norm: str = "auto"  # auto: SyncBN on several GPUs, BN otherwise; or bn, syncbn, gn
     aux_channels: int = 256
     aux_weight: float | None = None  # 0: no auxiliary head; None: 0.4 under UperNet, which alone has one
+    loss: tuple[str, ...] | str = "cross_entropy"  # or dice, or several, such as cross_entropy,dice: their sum
+    class_weights: tuple[float, ...] | str = "none"  # of cross entropy; balanced: 1/ln(1.02 + share of the pixels)
+    ohem: bool = (
+        False  # cross entropy of the hard pixels alone (MMSegmentation's OHEMPixelSampler), auxiliary head aside
+    )
+    ohem_threshold: float = 0.7  # hard: the labelled class is given a lower probability
+    ohem_min_kept: int | None = None  # pixels of an image kept in any case; None: a fifth of the crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +77,20 @@ class TrainSettings:
     """Optimisation and what is written while it runs."""
 
     max_iters: int = 160_000
-    batch_size: int = 16  # over all processes
+    batch_size: int = 16  # of an iteration, over all processes and accumulation rounds
+    accumulate: int = 1  # rounds in which a process computes its share; iterations count optimizer steps all the same
     seed: int = 0
     lr: float = 1e-4
     weight_decay: float = 0.05
     layer_decay: float | None = None  # None: the size's in BEiT's recipe
     weight_decay_groups: str = "clean"  # or "parity": as published, position embeddings and tables decayed
     warmup_iters: int | None = None  # None: 1500, or a tenth of a run shorter than 15 000
+    clip_grad: float | None = None  # largest norm of the gradient
+    freeze_blocks: int = 0  # the embeddings and so many blocks keep their pretrained weights
+    ema: float | None = None  # such as 0.999: validate, and keep as best, an average over the weights of the last steps
     precision: str = "bf16"  # fp32, bf16, fp16 (CUDA only)
+    distributed: str = "ddp"  # of several processes; or fsdp2: parameters, gradients and moments in shards
+    compile: bool = False  # the encoder's blocks, by torch.compile
     val_interval: int | None = None  # None: a tenth of the run
     checkpoint_interval: int | None = None  # None: val_interval
     keep_checkpoints: int = 3  # at least 2: MMEngine removes the oldest before it writes the next
@@ -155,12 +169,14 @@ _CHOICES = {
     "head.kind": ("upernet", "fcn", "linear"),
     "head.norm": ("auto", "bn", "syncbn", "gn"),
     "train.precision": ("fp32", "bf16", "fp16"),
+    "train.distributed": ("ddp", "fsdp2"),
     "train.weight_decay_groups": ("clean", "parity"),
 }
 
 _AT_LEAST_ONE = (
     "train.max_iters",
     "train.batch_size",
+    "train.accumulate",
     "train.val_interval",
     "train.checkpoint_interval",
     "train.log_interval",

@@ -167,7 +167,7 @@ def test_normalisation_and_patch_come_from_the_checkpoint(make_folder, tmp_path)
 def test_amp_flag_and_precision(make_folder, amp: bool, given: str, expected: str) -> None:
     options = {"dataset.root": str(make_folder()), "train.precision": given}
     config = load_config(TINY, options, work_dir="run", amp=amp)
-    assert config.optim_wrapper.type == {"bf16": "MAEAmpOptimWrapper", "fp32": "OptimWrapper"}[expected]
+    assert config.optim_wrapper.type == {"bf16": "MAEAmpOptimWrapper", "fp32": "MAEOptimWrapper"}[expected]
     assert config.model.test_cfg.precision == expected
 
 

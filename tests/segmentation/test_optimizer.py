@@ -12,7 +12,7 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from mae_transfer.errors import ConfigError
-from mae_transfer.segmentation.optimizer import MAEAmpOptimWrapper, plain_name
+from mae_transfer.segmentation.optimizer import MAEAmpOptimWrapper, MAEOptimWrapper, plain_name
 
 
 def built(model: nn.Module, constructor: str, **options: Any) -> dict[str, tuple[float, float]]:
@@ -156,5 +156,35 @@ def test_bf16_is_on_inside_and_weights_stay_fp32() -> None:
 
 def test_other_precisions_are_refused() -> None:
     layer = nn.Linear(4, 4)
-    with pytest.raises(ConfigError, match="AmpOptimWrapper"):
-        MAEAmpOptimWrapper(dtype="float16", optimizer=torch.optim.SGD(layer.parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match="expected bfloat16 or float16"):
+        MAEAmpOptimWrapper(dtype="float64", optimizer=torch.optim.SGD(layer.parameters(), lr=0.1))
+
+
+def test_the_loss_scale_of_fp16_is_saved_and_gone_on_with() -> None:
+    def build() -> MAEAmpOptimWrapper:
+        layer = nn.Linear(4, 4)
+        return MAEAmpOptimWrapper(dtype="float16", optimizer=torch.optim.SGD(layer.parameters(), lr=0.1))
+
+    wrapper = build()
+    (weight, _), scale = wrapper.optimizer.param_groups[0]["params"], wrapper.loss_scaler.get_scale()
+    wrapper.update_params(weight.sum() * float("inf"))  # overflows: the step is left out and the scale halved
+    assert wrapper.loss_scaler.get_scale() == scale / 2
+    other = build()
+    other.load_state_dict(wrapper.state_dict())
+    assert other.loss_scaler.state_dict() == wrapper.loss_scaler.state_dict()
+    assert other.loss_scaler.get_scale() == scale / 2
+
+
+@pytest.mark.parametrize("kind", [MAEOptimWrapper, MAEAmpOptimWrapper])
+def test_clipping_is_torchs(kind: type) -> None:
+    layer, reference = nn.Linear(4, 4), nn.Linear(4, 4)
+    reference.load_state_dict(layer.state_dict())
+    wrapper = kind(optimizer=torch.optim.SGD(layer.parameters(), lr=0.1), clip_grad={"max_norm": 0.5})
+    batch = torch.randn(8, 4)
+    wrapper.update_params(layer(batch).square().sum())
+    reference(batch).square().sum().backward()
+    norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+    torch.optim.SGD(reference.parameters(), lr=0.1).step()
+    assert wrapper.message_hub.get_scalar("train/grad_norm").current() == pytest.approx(float(norm))
+    for ours, theirs in zip(layer.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)

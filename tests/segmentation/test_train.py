@@ -117,7 +117,7 @@ def test_train_test_predict_from_a_pretrained_encoder(make_folder, tmp_path, cap
     assert Image.open(run / "predictions/scene_0.png").size[0] == 3 * 80 + 2 * 6
     log = next(run.glob("*/*.log")).read_text()
     assert "loaded" in log and "missing" in log and "relative_position_bias_table (12)" in log
-    assert list(run.glob("*/vis_data/events.out.tfevents.*"))
+    assert len(list(run.glob("tensorboard/events.out.tfevents.*"))) == 1
     weights = read_weights(run / "iter_4.pth")
     torch.testing.assert_close(weights["backbone.cls_token"], encoder.cls_token.detach(), atol=1e-6, rtol=1e-4)
 
