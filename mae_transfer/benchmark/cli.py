@@ -14,6 +14,7 @@ BENCHMARKS = {
     "loader": "preparing images: our loader and a literal torchvision pipeline",
     "masking": "visible patches only against mask tokens in the encoder",
     "detection": "the detection backbone, training step, inference and memory: ours and Detectron2's ViTDet",
+    "segmentation": "the segmentation backbone, training step, sliding windows and memory: ours and MMSegmentation's",
     "evaluation": "COCO evaluation: ours and pycocotools",
 }
 

@@ -20,7 +20,7 @@ from mae_transfer.segmentation.hooks import (  # noqa: E402
     StopOnBadLoss,
 )
 from mae_transfer.segmentation.loop import MAETrainLoop  # noqa: E402
-from mae_transfer.segmentation.neck import MAEPyramid  # noqa: E402
+from mae_transfer.segmentation.neck import MAEPyramid, MAESimplePyramid  # noqa: E402
 from mae_transfer.segmentation.optimizer import (  # noqa: E402
     MAEAmpOptimWrapper,
     MAELayerDecayConstructor,
@@ -39,6 +39,7 @@ __all__ = [
     "MAEOptimWrapper",
     "MAEPyramid",
     "MAESegmentor",
+    "MAESimplePyramid",
     "MAETrainLoop",
     "MAEViT",
     "PredictionPictures",

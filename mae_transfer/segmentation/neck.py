@@ -1,4 +1,4 @@
-"""``MAEPyramid``: the four-tap pyramid as MMSegmentation's neck."""
+"""The feature pyramids as MMSegmentation's necks: ``MAEPyramid`` of four taps, ``MAESimplePyramid`` of the last map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mmengine.dist import get_world_size
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mae_transfer.pyramid import FourTapPyramid
+from mae_transfer.pyramid import FourTapPyramid, SimpleFeaturePyramid
 
 
 def norm_name(norm: str) -> str:
@@ -38,3 +38,22 @@ class MAEPyramid(FourTapPyramid):
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Four (N, D, h, w) -> a tuple of four, as MMSegmentation's heads expect."""
         return tuple(super().forward(list(maps)))
+
+
+@MODELS.register_module()
+class MAESimplePyramid(SimpleFeaturePyramid):
+    """The last map -> four maps of strides 4, 8, 16, 32 (ViTDet, Section 3): the variant without taps.
+
+    Args:
+        width: D of the map.
+        patch_size: stride of the map in pixels; the factors follow from it.
+        norm: as for ``MAEPyramid``; ViTDet's is "ln".
+        out_channels: of every map; None for ViTDet's 256.
+    """
+
+    def __init__(self, width: int, patch_size: int = 16, norm: str = "ln", out_channels: int | None = None) -> None:
+        super().__init__(width, patch_size, out_channels=out_channels or 256, norm=norm_name(norm))
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Any number of (N, D, h, w), of which the last is taken -> four (N, out_channels, H/s, W/s)."""
+        return tuple(super().forward(maps[-1]))
