@@ -1,4 +1,4 @@
-"""Write a detector's backbone and pyramid as ONNX or torch.export; see --help."""
+"""Write a detector's features or a segmentation model as ONNX or torch.export; see --help."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from mae_transfer.errors import run_tool  # noqa: E402
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Import the framework only when it is run, so that its absence is one line."""
-    from mae_transfer.detection.export import main as export
+    from mae_transfer.export import main as export
 
     return export(argv)
 

@@ -19,9 +19,9 @@ from mae_transfer.detection.config import build_augmentation, categories_of, loa
 from mae_transfer.detection.dataset import Category
 from mae_transfer.detection.evaluation import to_coco_results
 from mae_transfer.detection.loader import to_tensor
-from mae_transfer.detection.settings import named_device
 from mae_transfer.detection.visualize import draw_predictions, readable_scale, save_image
 from mae_transfer.engine.files import write_text
+from mae_transfer.engine.hardware import named_device
 from mae_transfer.errors import CheckpointError, ConfigError, DataError
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig
 
@@ -118,25 +117,3 @@ def _whole(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def named_device(name: str, key: str) -> torch.device:
-    """The device called ``name``; "auto" is a GPU where there is one.
-
-    Args:
-        key: what the name was given as, for the error.
-
-    Raises:
-        ConfigError: neither auto, cpu nor cuda, or cuda where torch sees no GPU.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"{key}={name}: expected auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"{key}={name}: expected auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"{key}={name}, and torch sees no GPU; use {key}=cpu")
-    return device

@@ -18,9 +18,10 @@ from mae_transfer.detection.config import categories_of, load_config, resolve
 from mae_transfer.detection.dataset import CocoDataset, load_coco
 from mae_transfer.detection.log import log_to
 from mae_transfer.detection.processes import launch_processes
-from mae_transfer.detection.settings import named_device, settle_length
+from mae_transfer.detection.settings import settle_length
 from mae_transfer.detection.training import train_detector
 from mae_transfer.detection.validation import evaluate_last
+from mae_transfer.engine.hardware import named_device
 from mae_transfer.engine.precision import Precision
 from mae_transfer.engine.run_folder import RunFolder, describe_environment
 from mae_transfer.errors import ConfigError

@@ -1,4 +1,4 @@
-"""What the machine can do and what a run takes of it: the measured ceiling of matrix products, and peak memory."""
+"""What the machine has and can do: devices by name, the measured ceiling of matrix products, peak memory of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from mae_transfer.errors import ConfigError
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (tokens, width, hidden): the two halves of an MLP, where most of a Vision Transformer's operations are. Long enough
 # that starting a product does not count, short enough that the whole measurement takes about a second.
@@ -18,6 +20,28 @@ _GPU_SHAPES = ((32768, 1024, 4096), (32768, 4096, 1024))
 _SECONDS = 0.4  # for each shape
 
 _measured: dict[tuple[str, str, int, str], float] = {}
+
+
+def named_device(name: str, key: str) -> torch.device:
+    """The device called ``name``; "auto" is a GPU where there is one.
+
+    Args:
+        key: what the name was given as, for the error.
+
+    Raises:
+        ConfigError: neither auto, cpu nor cuda, or cuda where torch sees no GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{key}={name}: expected auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{key}={name}: expected auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{key}={name}, and torch sees no GPU; use {key}=cpu")
+    return device
 
 
 def measured_gflops(device: torch.device, precision: str) -> float:

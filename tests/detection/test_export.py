@@ -17,8 +17,9 @@ from torch import nn
 from mae_transfer.checkpoint import describe, encoder_state, read_checkpoint, write_safetensors
 from mae_transfer.detection import mask_rcnn
 from mae_transfer.detection.backbone import MAEBackbone
-from mae_transfer.detection.export import export, load_detector_of, main
+from mae_transfer.detection.export import export, load_detector_of
 from mae_transfer.errors import ConfigError, RunFailed, run_tool
+from mae_transfer.export import main
 from mae_transfer.vit import VisionTransformer, build_vit
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection"
@@ -99,7 +100,7 @@ class Convolutions(nn.Module):
 def test_what_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     simple = detector()
     simple.backbone, path = Convolutions(), tmp_path / "features.pt2"
-    monkeypatch.setattr("mae_transfer.detection.export.TOLERANCE", -1.0)
+    monkeypatch.setattr("mae_transfer.engine.export.TOLERANCE", -1.0)
     with pytest.raises(RunFailed, match="differ from PyTorch's"):
         export(simple, path, image_size=(64, 64))
     assert not list(tmp_path.iterdir())
@@ -143,7 +144,8 @@ def test_a_config_gives_its_checkpoints_weights(encoder: Path) -> None:
 def test_runs_are_named_and_stand_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "features.pt2")
     assert run_tool(main, [str(tmp_path), out]) == 2
-    assert "config.yaml does not exist" in capsys.readouterr().err
+    assert "holds no config of a detection or segmentation run" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("model: {_target_: mae_transfer.detection.mask_rcnn}")
     assert run_tool(main, [str(tmp_path), out, "model.size=base"]) == 2
     assert "only a config takes overrides" in capsys.readouterr().err
 
