@@ -26,8 +26,10 @@ from mae_transfer.segmentation.optimizer import (  # noqa: E402
     MAELayerDecayConstructor,
     MAEOptimWrapper,
 )
+from mae_transfer.segmentation.predict import Predictor  # noqa: E402
 from mae_transfer.segmentation.processes import MAEDistributedDataParallel  # noqa: E402
 from mae_transfer.segmentation.segmentor import MAESegmentor  # noqa: E402
+from mae_transfer.segmentation.upernet import MAEUPerHead  # noqa: E402
 
 __all__ = [
     "ADEFolder",
@@ -41,8 +43,10 @@ __all__ = [
     "MAESegmentor",
     "MAESimplePyramid",
     "MAETrainLoop",
+    "MAEUPerHead",
     "MAEViT",
     "PredictionPictures",
+    "Predictor",
     "RecordMetrics",
     "ReplaySampler",
     "SaveOnSignal",

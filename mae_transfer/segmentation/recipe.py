@@ -121,7 +121,7 @@ def _decode_head(settings: Settings, facts: Facts, channels: Sequence[int]) -> d
         convolutions = {"channels": width, "num_convs": 2, "concat_input": False}
         return {"type": "FCNHead", "in_channels": channels[0], "in_index": 0, **convolutions, **shared}
     return {
-        "type": "UPerHead",
+        "type": "MAEUPerHead",
         "in_channels": list(channels),
         "in_index": list(range(len(channels))),
         "pool_scales": head.pool_scales,
@@ -206,6 +206,8 @@ def data(settings: Settings, facts: Facts) -> dict[str, Any]:
         "sampler": {"type": "DefaultSampler", "shuffle": False},
         "dataset": source(dataset.val_split, test_pipeline, test_mode=True),
     }
+    # "gpu": several processes hand each other their results, on CPUs too; "cpu" would be files in the current folder.
+    evaluator = {"type": "IoUMetric", "iou_metrics": ["mIoU"], "collect_device": "gpu"}
     return {
         "train_dataloader": {
             "batch_size": _batch_per_process(settings, facts),
@@ -217,8 +219,8 @@ def data(settings: Settings, facts: Facts) -> dict[str, Any]:
         },
         "val_dataloader": validation,
         "test_dataloader": {**validation},
-        "val_evaluator": {"type": "IoUMetric", "iou_metrics": ["mIoU"]},
-        "test_evaluator": {"type": "IoUMetric", "iou_metrics": ["mIoU"]},
+        "val_evaluator": evaluator,
+        "test_evaluator": {**evaluator},
         "tta_pipeline": [*read, resize, augmented],
         "tta_model": {"type": "SegTTAModel"},
     }
