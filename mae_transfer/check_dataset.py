@@ -10,13 +10,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mae_transfer.data.problems import Action, Problem
 from mae_transfer.engine.files import write_text
 from mae_transfer.errors import EXIT_BAD_INPUT, DataError
-
-if TYPE_CHECKING:  # the framework is imported when detection data are checked
-    from mae_transfer.detection.check import Problem
 
 _EPILOG = """\
 Exit status: 0 where the data can be used, with the repairs listed; 2 where something has to be corrected first.
@@ -67,7 +64,6 @@ def check_coco(data: str, images: str | None, *, train_json: str | None, decode:
     Raises:
         UserError: the json or the folder cannot be read at all, or the name is not known.
     """
-    from mae_transfer.detection.check import Action, Problem
     from mae_transfer.detection.dataset import read_categories, read_coco
     from mae_transfer.detection.names import find_dataset
 

@@ -18,8 +18,10 @@ from typing import Any
 
 from detectron2.structures import BoxMode
 
+from mae_transfer.data.look import look_at_all
+from mae_transfer.data.problems import Action, Problem, refuse, summary
 from mae_transfer.data.share import choose_share
-from mae_transfer.detection.check import Action, Problem, image_problems, look_at_all, refuse, summary
+from mae_transfer.detection.check import image_problems
 from mae_transfer.detection.outlines import check_box, is_box, read_outline
 from mae_transfer.errors import DataError
 

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import pycocotools.mask as mask_util
 
-from mae_transfer.detection.check import Action
+from mae_transfer.data.problems import Action
 
 # Reports (action, kind of problem, detail) of the annotation at hand.
 Note = Callable[[Action, str, str], None]
