@@ -201,10 +201,10 @@ class PredictionPictures(Hook):
 
     Args:
         folder: where to; NAME.png is overwritten by the next validation.
-        count: number of images, evenly spread over the data set.
+        count: number of images, evenly spread over the data set (of the main process's share); None for all.
     """
 
-    def __init__(self, folder: str, count: int = 8) -> None:
+    def __init__(self, folder: str, count: int | None = 8) -> None:
         self.folder, self.count = Path(folder), count
 
     def after_val_iter(
@@ -220,12 +220,7 @@ class PredictionPictures(Hook):
         self._draw(len(runner.test_dataloader), runner.test_dataloader.dataset.metainfo, batch_idx, outputs)
 
     def _draw(self, num_batches: int, meta: dict[str, Any], batch_idx: int, outputs: Sequence[Any] | None) -> None:
-        if outputs is None or self.count == 0 or not is_main_process():
-            return
-        if (
-            batch_idx % max(1, num_batches // self.count)
-            or batch_idx // max(1, num_batches // self.count) >= self.count
-        ):
+        if outputs is None or not self._is_drawn(batch_idx, num_batches):
             return
         for sample in outputs:
             truth = sample.gt_sem_seg.data.squeeze().cpu().numpy() if "gt_sem_seg" in sample else None
@@ -237,3 +232,11 @@ class PredictionPictures(Hook):
                 truth,
             )
             save_picture(picture, self.folder / f"{Path(sample.img_path).stem}.png")
+
+    def _is_drawn(self, batch_idx: int, num_batches: int) -> bool:
+        if self.count is None:
+            return True
+        if self.count == 0 or not is_main_process():
+            return False
+        every = max(1, num_batches // self.count)
+        return batch_idx % every == 0 and batch_idx // every < self.count

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from mmengine.device import get_device
-from mmengine.dist import get_dist_info
+from mmengine.dist import all_reduce, get_dist_info
 from mmengine.runner import IterBasedTrainLoop
 from mmseg.registry import LOOPS
+from torch import Tensor
 
 from mae_transfer.engine.parallel import gradient_exchange
 from mae_transfer.engine.randomness import seed_step
@@ -41,6 +42,15 @@ class MAETrainLoop(IterBasedTrainLoop):
             micro = {name: samples[number::rounds] for name, samples in data_batch.items()}
             with gradient_exchange(runner.model, last=number == rounds - 1):
                 logged.append(runner.model.train_step(micro, optim_wrapper=runner.optim_wrapper))
-        outputs = OrderedDict((name, sum(values[name].detach() for values in logged) / rounds) for name in logged[0])
+        outputs = _mean(logged)
         runner.call_hook("after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=outputs)
         self._iter += 1
+
+
+def _mean(logged: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What the rounds of all processes have logged, averaged: every process logs, and judges, the whole step's."""
+    names = list(logged[0])
+    values = torch.stack([torch.stack([numbers[name].detach().float().mean() for name in names]) for numbers in logged])
+    mean = values.mean(dim=0)
+    all_reduce(mean, op="mean")
+    return OrderedDict(zip(names, mean, strict=True))

@@ -6,15 +6,16 @@ goes on from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mmengine.dist import all_reduce, get_world_size, is_main_process
 from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import MODEL_WRAPPERS  # the root: MMEngine looks for wrappers there alone
 from mmengine.utils import apply_to
-from mmseg.registry import MODEL_WRAPPERS
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -39,16 +40,19 @@ class MAEDistributedDataParallel(MMDistributedDataParallel):
         )
 
 
-def join_group(launcher: str) -> None:
-    """Join torchrun's processes where there are no GPUs; MMEngine's own way of it begins by choosing one."""
+@contextmanager
+def joined(launcher: str) -> Iterator[None]:
+    """Leave the group of processes at the end; where there are no GPUs, join torchrun's at the beginning.
+
+    With GPUs MMEngine joins; its own way of it begins by choosing one.
+    """
     if launcher == "pytorch" and not torch.cuda.is_available() and not dist.is_initialized():
         dist.init_process_group("gloo")
-
-
-def leave_group() -> None:
-    """So that no process ends while another still talks to it."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from mae_transfer.engine.parallel import compile_blocks, shard
 from mae_transfer.engine.signals import StopRequest
 from mae_transfer.errors import CheckpointError, ConfigError
 from mae_transfer.segmentation.processes import is_sharded, optimizer_shares, share_of, share_statistics, whole
+from mae_transfer.segmentation.release import in_our_names
 
 # What counts a scheduler's progress; what it counts towards is today's config.
 _PROGRESS = ("last_step", "_global_step", "_last_value")
@@ -265,8 +266,11 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """``state_dict`` of a checkpoint that MMEngine wrote; raises as ``read_checkpoint``."""
-    return read_checkpoint(path)["state_dict"]
+    """``state_dict`` of a checkpoint that MMEngine wrote, a release of MMSegmentation's own MAE in our names.
+
+    Raises as ``read_checkpoint``.
+    """
+    return in_our_names(read_checkpoint(path)["state_dict"])
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from mmengine.registry import DefaultScope
 
 from mae_transfer.segmentation.config import load_config, process_count
 from mae_transfer.segmentation.folder import check_folder
+from mae_transfer.segmentation.processes import joined
 from mae_transfer.segmentation.runner import SegmentationRunner, load_weights
-from mae_transfer.segmentation.train import add_common_flags
+from mae_transfer.segmentation.train import add_common_flags, is_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,6 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("config", help="the config it was trained with: the .py in its work dir, or a shipped one")
     parser.add_argument("checkpoint", help="a .pth that train_seg wrote")
     parser.add_argument("--work-dir", help="where logs and predictions/ go; CHECKPOINT's folder + /test by default")
+    parser.add_argument("--out", metavar="DIR", help="write every prediction as an index PNG, in the masks' own labels")
+    parser.add_argument("--show-dir", metavar="DIR", help="write an overlay of every image, there")
     parser.add_argument("--tta", action="store_true", help="average over test.scales and flips (test.tta)")
     add_common_flags(parser)
     return parser
@@ -44,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for_training=False,
     )
     config.launcher = arguments.launcher
+    if arguments.out:
+        config.test_evaluator.output_dir = arguments.out
+    overlays = arguments.show_dir or f"{work_dir}/predictions"
+    if arguments.show_dir:
+        (pictures,) = (hook for hook in config.custom_hooks if hook.type == "PredictionPictures")
+        pictures.update(folder=overlays, count=None)
     dataset = config.settings.dataset
     check_folder(
         dataset.root,
@@ -52,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         reduce_zero_label=dataset.reduce_zero_label,
     )
     metrics = run_test(config, arguments.checkpoint, tta=arguments.tta or config.settings.test.tta)
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if not name.endswith("time")))
-        print(f"overlays are in {work_dir}/predictions")
+        print(f"overlays are in {overlays}" + (f", labels in {arguments.out}" if arguments.out else ""))
     return 0
 
 
@@ -68,8 +77,9 @@ def run_test(config: Config, checkpoint: str | Path, *, tta: bool = False) -> di
     if tta:
         config.test_dataloader.dataset.pipeline = config.tta_pipeline
         config.model = {**config.tta_model, "module": config.model}
-    with DefaultScope.overwrite_default_scope("mmseg"):
+    config.distributed = "ddp"  # inference needs no shards
+    with DefaultScope.overwrite_default_scope("mmseg"), joined(config.launcher):
         runner = SegmentationRunner.from_cfg(config)
-        model = getattr(runner.model, "module", runner.model)  # as DDP or test-time augmentation wrap it
-        load_weights(model, checkpoint)
+        model = runner.module
+        load_weights(model.module if tta else model, checkpoint)
         return runner.test()

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 
+from mae_transfer.engine.allocator import keep_freed_memory
+from mae_transfer.engine.run_folder import RunFolder
 from mae_transfer.engine.signals import StopRequest
 from mae_transfer.errors import ConfigError
 from mae_transfer.segmentation.config import load_config, process_count
 from mae_transfer.segmentation.folder import check_folder
+from mae_transfer.segmentation.processes import joined
 from mae_transfer.segmentation.runner import SegmentationRunner
+
+_TIMESTAMP = re.compile(r"\d{8}_\d{6}")
 
 OPTIONS_HELP = (
     "settings such as dataset.root=DIR dataset.classes=FILE dataset.reduce_zero_label=True dataset.crop_size=512 "
@@ -66,28 +74,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     config.launcher = arguments.launcher
     config.resume = arguments.resume
-    main_process = os.environ.get("RANK", "0") == "0"
-    lines = []
-    if main_process:
-        refuse_used_folder(Path(work_dir), resume=arguments.resume)
-        lines = [check_folder_of(config, split) for split in ("train", "val")]
-    runner = train(config, lines)
-    best = runner.message_hub.get_info("best_score") if "best_score" in runner.message_hub.runtime_info else None
-    if main_process:
-        said = f", best mIoU {best:.2f}" if best is not None else ""
-        print(f"trained {runner.iter} iterations{said}; checkpoints, logs and predictions/ are in {work_dir}")
+    lines: list[str] = []
+    with ExitStack() as held:
+        if is_main():
+            held.enter_context(claim_folder(Path(work_dir), resume=arguments.resume))
+            lines = [check_folder_of(config, split) for split in ("train", "val")]
+        runner = train(config, lines)
+        info = runner.message_hub.runtime_info
+        if is_main():
+            said = f", best mIoU {info['best_score']:.2f}" if "best_score" in info else ""
+            print(f"trained {runner.iter} iterations{said}; checkpoints, metrics and predictions/ are in {work_dir}")
     return 0
 
 
 def train(config: Config, log_lines: Sequence[str] = ()) -> SegmentationRunner:
     """Run the training of a complete config and return the runner behind it."""
-    with DefaultScope.overwrite_default_scope("mmseg"), StopRequest() as stop_request:
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    with DefaultScope.overwrite_default_scope("mmseg"), StopRequest() as stop_request, joined(config.launcher):
         runner = SegmentationRunner.from_cfg(config)
         runner.stop_request = stop_request
         for line in log_lines:
             print_log(line, logger="current")
         runner.train()
     return runner
+
+
+def is_main() -> bool:
+    """Whether this process is the first of its launch, before MMEngine has set the others up."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_folder_of(config: Config, which: str) -> str:
@@ -101,15 +116,33 @@ def check_folder_of(config: Config, which: str) -> str:
     )
 
 
-def refuse_used_folder(folder: Path, *, resume: bool) -> None:
-    """A run does not mix its files with another's.
+@contextmanager
+def claim_folder(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Hold a work dir against other runs, and refuse to mix this run's files with another's.
 
     Raises:
-        ConfigError: the folder holds something and the run does not continue what is there.
+        ConfigError: the folder holds something and the run does not continue what is there, or a run is writing to it.
     """
     if folder.is_file():
         raise ConfigError(f"--work-dir {folder} is a file; name a folder")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+    used = RunFolder(folder, key="--work-dir")
+    used.check_free()
+    if not resume and folder.is_dir() and not _is_unborn(folder):
         raise ConfigError(
             f"--work-dir {folder} is not empty; give --resume to continue that run, or name another folder"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    with used.in_use():
+        yield
+
+
+def _is_unborn(folder: Path) -> bool:
+    """Whether there is nothing but what a run leaves that was refused before its first iteration: MMEngine's folders
+    of logs, and the config."""
+    started = False
+    for path in folder.iterdir():
+        if path.is_dir() and _TIMESTAMP.fullmatch(path.name):
+            started = True
+        elif path.name != ".in-use" and path.suffix != ".py":
+            return False
+    return started or not any(folder.glob("*.py"))
