@@ -9,6 +9,9 @@ from pathlib import Path
 from mae_transfer.data.source import scan_folders
 from mae_transfer.errors import CheckpointError, ConfigError, DataError
 
+_DETECTION = ("min_score", "json")
+_SEGMENTATION = ("tta", "config", "cfg_options")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, recognise the run, and let the room that trained it predict; returns the exit status."""
@@ -19,18 +22,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN_FOLDER|CHECKPOINT", help="a run's folder, or a .pth inside it")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE|DIR", help="images, or folders of images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where overlays and results go")
+    parser.add_argument("--device", metavar="D", help="auto, cpu or cuda (default auto: a GPU where there is one)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images computed together (default 1)")
     detection = parser.add_argument_group("of detection runs")
     detection.add_argument("--min-score", type=float, metavar="S", help="lowest score that is drawn (default 0.5)")
-    detection.add_argument("--device", metavar="D", help="auto, cpu or cuda (default auto: a GPU where there is one)")
-    detection.add_argument("--batch-size", type=int, metavar="N", help="images computed together (default 1)")
     detection.add_argument(
         "--json", type=Path, metavar="FILE", help="COCO json that lists the images: results carry its image ids"
     )
+    segmentation = parser.add_argument_group("of segmentation runs")
+    segmentation.add_argument(
+        "--tta", action="store_true", default=None, help="average over scales and mirrored images"
+    )
+    segmentation.add_argument(
+        "--config", type=Path, metavar="PY", help="the config of a CHECKPOINT that lies without its run"
+    )
+    segmentation.add_argument(
+        "--cfg-options",
+        nargs="+",
+        metavar="K=V",
+        help="over the config, such as dataset.classes=FILE test.window_batch=8",
+    )
     args = parser.parse_args(argv)
-    kind, folder, checkpoint = recognise(args.run)
-    given = [name for name in ("min_score", "device", "batch_size", "json") if getattr(args, name) is not None]
-    if kind != "detection" and given:
-        raise ConfigError(f"--{given[0].replace('_', '-')} is for detection runs; {folder} is a {kind} run")
+    if args.config is not None:
+        if not args.run.is_file():
+            raise ConfigError(f"--config is for a checkpoint without its run; {args.run} is no file")
+        kind, folder, checkpoint = "segmentation", args.run, None
+    else:
+        kind, folder, checkpoint = recognise(args.run)
+    foreign = _SEGMENTATION if kind == "detection" else _DETECTION
+    given = [name for name in foreign if getattr(args, name) is not None]
+    if given:
+        other = "segmentation" if kind == "detection" else "detection"
+        raise ConfigError(f"--{given[0].replace('_', '-')} is for {other} runs; {args.run} is a {kind} run")
     images = find_images(args.images)
     if kind == "detection":
         from mae_transfer.detection.predict import predict_images as detect
@@ -42,13 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.out,
             min_score=0.5 if args.min_score is None else args.min_score,
             device=args.device or "auto",
-            batch_size=1 if args.batch_size is None else args.batch_size,
+            batch_size=args.batch_size,
             json_file=args.json,
         )
     else:
         from mae_transfer.segmentation.predict import predict_images as segment
 
-        segment(folder, checkpoint, images, args.out)
+        segment(
+            folder,
+            checkpoint,
+            images,
+            args.out,
+            config=args.config,
+            options=args.cfg_options,
+            device=args.device or "auto",
+            batch_size=args.batch_size,
+            tta=args.tta,
+        )
     print(f"{len(images)} images, {kind}: {args.out}")
     return 0
 

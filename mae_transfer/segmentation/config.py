@@ -7,14 +7,15 @@ config of a run holds both, and can be read again here or by MMSegmentation's to
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 
 from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, EncoderInfo, read_checkpoint
 from mae_transfer.engine.config import flatten, valid_keys
@@ -169,6 +170,20 @@ def resolve_encoder(settings: Settings, info: EncoderInfo | None, *, patch_given
             )
         patch = info.patch_size[0]
     return size, patch or SIZES[size].patch_size
+
+
+def read_options(texts: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` texts as ``--cfg-options`` reads them: numbers, True, None, lists as ``1,2`` or ``(1,2)``.
+
+    Raises:
+        ConfigError: a text without ``=``.
+    """
+    wrong = next((text for text in texts if "=" not in text), None)
+    if wrong is not None:
+        raise ConfigError(f"option {wrong!r}: expected key=value, such as dataset.crop_size=512")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--options", nargs="*", action=DictAction, default={})
+    return parser.parse_args(["--options", *texts]).options
 
 
 def process_count(launcher: str) -> int:

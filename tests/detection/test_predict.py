@@ -187,5 +187,5 @@ def test_settings_that_are_none(
 def test_settings_of_detection_are_not_ignored_elsewhere(scenes: Any, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "segmentation").mkdir()
     (tmp_path / "segmentation" / "config.py").write_text("")
-    assert tool(tmp_path / "segmentation", scenes.images) == 2
-    assert "--device is for detection runs" in capsys.readouterr().err
+    assert tool(tmp_path / "segmentation", scenes.images, "--min-score", "0.5") == 2
+    assert "--min-score is for detection runs" in capsys.readouterr().err
