@@ -91,6 +91,21 @@ def first_encoder(inits: Sequence[Init]) -> EncoderInfo | None:
     return None if first is None else read_checkpoint(first).info
 
 
+def read_curves(path: Path, metrics: Iterable[str], *, step: str) -> dict[str, Curve]:
+    """Metric -> (step, value) from a file of one object a line, which is not there before the run has begun.
+
+    Args:
+        step: the key of the number of iterations that a line is of.
+    """
+    found: dict[str, dict[int, float]] = {metric: {} for metric in metrics}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        values = json.loads(line)
+        for metric, points in found.items():
+            if metric in values:
+                points[values[step]] = values[metric]
+    return {metric: sorted(points.items()) for metric, points in found.items()}
+
+
 def list_option(values: Iterable[float]) -> str:
     """Numbers as command lines take them: "[0.5,1.0]"."""
     return f"[{','.join(repr(float(value)) for value in values)}]"

@@ -9,7 +9,16 @@ from typing import Any, ClassVar
 
 import yaml
 
-from mae_transfer.study.compare import TOOLS, Curve, Init, Run, first_encoder, list_option, refuse_overrides
+from mae_transfer.study.compare import (
+    TOOLS,
+    Curve,
+    Init,
+    Run,
+    first_encoder,
+    list_option,
+    read_curves,
+    refuse_overrides,
+)
 
 # What the comparison itself sets in every run.
 _OURS = ("train.seed", "train.init_checkpoint", "train.output_dir", "dataset.train.fraction")
@@ -62,14 +71,7 @@ class DetectionTask:
 
     def curves(self, run: Run) -> dict[str, Curve]:
         # A line's evaluation is of the weights after as many iterations as its number says.
-        found: dict[str, dict[int, float]] = {metric: {} for metric in self.metrics}
-        path = run.folder / "metrics.json"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            values = json.loads(line)
-            for metric in self.metrics:
-                if metric in values:
-                    found[metric][values["iteration"]] = values[metric]
-        return {metric: sorted(points.items()) for metric, points in found.items()}
+        return read_curves(run.folder / "metrics.json", self.metrics, step="iteration")
 
     def is_finished(self, run: Run) -> bool:
         evaluation = run.folder / "evaluation.json"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mae_transfer.study.compare import TOOLS, Curve, Init, Run, first_encoder, list_option, refuse_overrides
+from mae_transfer.study.compare import (
+    TOOLS,
+    Curve,
+    Init,
+    Run,
+    first_encoder,
+    list_option,
+    read_curves,
+    refuse_overrides,
+)
 
 # What the comparison itself sets in every run.
 _OURS = ("train.seed", "init_checkpoint", "dataset.fraction", "dataset.fraction_seed")
@@ -43,11 +51,9 @@ class SegmentationTask:
 
     def check(self, run: Run) -> None:
         """Raises what ``tools/train_seg.py`` would refuse of settings and data, before anything is written."""
-        from mae_transfer.segmentation.config import load_config  # the framework, when it is needed
-        from mae_transfer.segmentation.train import build_parser, check_folder_of
+        from mae_transfer.segmentation.train import check_folder_of  # the framework, when it is needed
 
-        arguments = build_parser().parse_args(self.command(run)[1:])
-        config = load_config(arguments.config, arguments.cfg_options, work_dir=arguments.work_dir)
+        config = self._config(run)
         for split in ("train", "val"):
             check_folder_of(config, split)
 
@@ -63,23 +69,13 @@ class SegmentationTask:
         return [*self.overrides, *self.shared, *own]
 
     def curves(self, run: Run) -> dict[str, Curve]:
-        # MMEngine begins a folder at every start; what was evaluated twice, after a kill, counts once.
-        found: dict[str, dict[int, float]] = {metric: {} for metric in self.metrics}
-        for path in sorted(run.folder.glob("*/vis_data/scalars.json")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                values = json.loads(line)
-                for metric in self.metrics:
-                    if metric in values:
-                        found[metric][values["step"]] = values[metric]
-        return {metric: sorted(points.items()) for metric, points in found.items()}
+        return read_curves(run.folder / "metrics.json", self.metrics, step="step")
 
     def is_finished(self, run: Run) -> bool:
         curve = self.curves(run)["mIoU"]
-        return bool(curve) and curve[-1][0] >= self._length(run)
+        return bool(curve) and curve[-1][0] >= self._config(run).settings.train.max_iters
 
-    def _length(self, run: Run) -> int:
-        """Iterations of a run that has begun."""
-        from mmengine.config import Config  # the framework, when it is needed
+    def _config(self, run: Run) -> Any:
+        from mae_transfer.segmentation.config import load_config, read_options
 
-        (dumped,) = run.folder.glob("*.py")
-        return int(Config.fromfile(str(dumped)).settings.train.max_iters)
+        return load_config(self.config_file, read_options(self.settings(run)), work_dir=str(run.folder))
