@@ -20,6 +20,7 @@ from mae_transfer.segmentation.hooks import (  # noqa: E402
     StopOnBadLoss,
 )
 from mae_transfer.segmentation.loop import MAETrainLoop  # noqa: E402
+from mae_transfer.segmentation.losses import MAEDiceLoss  # noqa: E402
 from mae_transfer.segmentation.neck import MAEPyramid, MAESimplePyramid  # noqa: E402
 from mae_transfer.segmentation.optimizer import (  # noqa: E402
     MAEAmpOptimWrapper,
@@ -35,6 +36,7 @@ __all__ = [
     "ADEFolder",
     "LoadIndexMask",
     "MAEAmpOptimWrapper",
+    "MAEDiceLoss",
     "MAEDistributedDataParallel",
     "MAELayerDecayConstructor",
     "MAELinearHead",

@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.registry import DefaultScope
+from mmseg.registry import DATASETS
 
 from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, EncoderInfo, read_checkpoint
 from mae_transfer.engine.config import flatten, valid_keys
 from mae_transfer.errors import ConfigError, unknown_key
 from mae_transfer.segmentation import recipe
 from mae_transfer.segmentation.folder import read_classes
+from mae_transfer.segmentation.losses import balanced_weights
 from mae_transfer.segmentation.recipe import Facts
 from mae_transfer.segmentation.settings import Settings, read_settings, settings_dict
 from mae_transfer.sizes import SIZES
@@ -68,6 +71,8 @@ def load_config(
         settings = replace(settings, train=replace(settings.train, precision="bf16"))
     facts = gather_facts(settings, chosen, dumped.get("facts"), num_processes=num_processes, for_training=for_training)
     config = derive(settings, facts, work_dir)
+    if for_training and settings.head.class_weights == "balanced":
+        config = derive(settings, replace(facts, class_weights=_count_weights(config)), work_dir)
     _lay_over(config, overrides, str(path))
     framework = {key: value for key, value in options.items() if key not in chosen}
     _check_framework_keys(config, framework)
@@ -91,10 +96,17 @@ def derive(settings: Settings, facts: Facts, work_dir: str) -> Config:
                 "mean": facts.mean,
                 "std": facts.std,
                 "classes": facts.classes,
+                "class_weights": facts.class_weights,
             },
             "overrides": {},
         }
     )
+
+
+def _count_weights(config: Config) -> tuple[float, ...]:
+    """Class weights from the pixels of the training masks."""
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        return balanced_weights(DATASETS.build(config.train_dataloader.dataset).label_counts())
 
 
 def gather_facts(

@@ -15,7 +15,7 @@ from typing import Any
 from mae_transfer.errors import ConfigError
 from mae_transfer.position import to_pair
 from mae_transfer.segmentation.geometry import whole_maps
-from mae_transfer.segmentation.settings import Settings
+from mae_transfer.segmentation.settings import Settings, loss_names
 from mae_transfer.sizes import get_size
 
 MAX_WARMUP = 1500
@@ -29,7 +29,8 @@ SIMPLE_PYRAMID_CHANNELS = 256  # ViTDet's; a narrower encoder keeps its width
 class Facts:
     """What settings alone do not tell: the encoder file's metadata, the class names, and the processes.
 
-    ``size`` and ``patch_size`` are resolved; mean and std are RGB in 0..1.
+    ``size`` and ``patch_size`` are resolved; mean and std are RGB in 0..1. ``class_weights`` are counted in the masks,
+    where a training wants them.
     """
 
     size: str
@@ -37,6 +38,7 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    class_weights: tuple[float, ...] | None = None
     num_processes: int = 1
     gpus: bool = False
 
@@ -112,7 +114,11 @@ def _neck(settings: Settings, facts: Facts, pyramid: str) -> dict[str, Any] | No
 def _decode_head(settings: Settings, facts: Facts, channels: Sequence[int]) -> dict[str, Any]:
     head = settings.head
     width = head.channels or get_size(facts.size).width
-    shared = {**_head(settings, facts, width), "loss_decode": _cross_entropy(1.0)}
+    shared = {
+        **_head(settings, facts, width),
+        "loss_decode": _losses(settings, facts, 1.0),
+        "sampler": _hard_pixels(settings, facts),
+    }
     if head.kind == "linear":
         if head.channels is not None:
             raise ConfigError("head.channels has no meaning under head.kind=linear, which classifies the map itself")
@@ -147,7 +153,7 @@ def _auxiliary_head(settings: Settings, facts: Facts, channels: Sequence[int]) -
         "channels": head.aux_channels,
         "num_convs": 1,
         "concat_input": False,
-        "loss_decode": _cross_entropy(weight),
+        "loss_decode": _losses(settings, facts, weight),
         **_head(settings, facts, head.aux_channels),
     }
 
@@ -372,9 +378,45 @@ def _micro_batch(settings: Settings, facts: Facts) -> int:
     return batch // (facts.num_processes * rounds)
 
 
-def _cross_entropy(weight: float) -> dict[str, Any]:
-    """As published, averaged over all pixels, ignored ones included (MMSegmentation warns of it once)."""
-    return {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": weight, "avg_non_ignore": False}
+def _losses(settings: Settings, facts: Facts, weight: float) -> dict[str, Any] | list[dict[str, Any]]:
+    """The losses that head.loss names, each by ``weight``; their sum is trained."""
+    # As published, averaged over all pixels, ignored ones included (MMSegmentation warns of it once). The mean of
+    # micro-batches and of processes is then that of the whole batch. Class weights are averaged over by their own sum.
+    cross_entropy = {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": weight, "avg_non_ignore": False}
+    weights = class_weights(settings, facts)
+    if weights is not None:
+        cross_entropy["class_weight"] = list(weights)
+    known = {"cross_entropy": cross_entropy, "dice": {"type": "MAEDiceLoss", "loss_weight": weight}}
+    losses = [known[name] for name in loss_names(settings.head)]
+    return losses[0] if len(losses) == 1 else losses
+
+
+def class_weights(settings: Settings, facts: Facts) -> tuple[float, ...] | None:
+    """The weight of each class in cross entropy; None for none.
+
+    Raises:
+        ConfigError: as many weights as there are classes were expected.
+    """
+    given = settings.head.class_weights
+    if isinstance(given, str):
+        return facts.class_weights if given == "balanced" else None
+    if len(given) != len(facts.classes):
+        raise ConfigError(
+            f"head.class_weights has {len(given)} numbers for {len(facts.classes)} classes; give one for each, in "
+            f"their order ({', '.join(facts.classes[:3])} …)"
+        )
+    return given
+
+
+def _hard_pixels(settings: Settings, facts: Facts) -> dict[str, Any] | None:
+    """MMSegmentation's sampler keeps 100 000 pixels an image in any case, which is all of a small crop: here it is a
+    share of the crop, the same as that is of Cityscapes' 1024x512."""
+    head = settings.head
+    if not head.ohem:
+        return None
+    height, width = crop_size(settings, facts.patch_size)
+    kept = height * width // 5 if head.ohem_min_kept is None else head.ohem_min_kept
+    return {"type": "OHEMPixelSampler", "thresh": head.ohem_threshold, "min_kept": kept}
 
 
 def _norm_name(settings: Settings, facts: Facts) -> str:

@@ -173,6 +173,8 @@ _CHOICES = {
     "train.weight_decay_groups": ("clean", "parity"),
 }
 
+LOSSES = ("cross_entropy", "dice")
+
 _AT_LEAST_ONE = (
     "train.max_iters",
     "train.batch_size",
@@ -197,8 +199,47 @@ def _check_choices(settings: Settings) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{key} is {value}; expected at least 1")
     check_share(settings.dataset.fraction, "dataset.fraction")
+    _check_losses(settings.head)
+    _check_training(settings)
     if settings.train.keep_checkpoints < 2:
         raise ConfigError(f"train.keep_checkpoints is {settings.train.keep_checkpoints}; expected at least 2")
+
+
+def loss_names(head: HeadSettings) -> tuple[str, ...]:
+    """head.loss as a list of names."""
+    return (head.loss,) if isinstance(head.loss, str) else head.loss
+
+
+def _check_losses(head: HeadSettings) -> None:
+    names = loss_names(head)
+    unknown = [name for name in names if name not in LOSSES]
+    if unknown or len(set(names)) < len(names):
+        raise ConfigError(f"head.loss is {', '.join(names)}; expected one or more of {', '.join(LOSSES)}, each once")
+    weights = head.class_weights
+    if isinstance(weights, str) and weights not in ("none", "balanced"):
+        raise ConfigError(f"head.class_weights is {weights!r}; expected none, balanced, or a number for each class")
+    if not isinstance(weights, str) and (min(weights) < 0 or max(weights) == 0):
+        raise ConfigError("head.class_weights are factors: none below 0, and not all 0")
+    if (head.ohem or weights != "none") and "cross_entropy" not in names:
+        raise ConfigError(f"head.ohem and head.class_weights are for cross entropy; head.loss is {', '.join(names)}")
+    if not 0 < head.ohem_threshold <= 1:
+        raise ConfigError(f"head.ohem_threshold is {head.ohem_threshold:g}; expected a probability above 0, at most 1")
+    if head.ohem_min_kept is not None and head.ohem_min_kept < 2:
+        raise ConfigError(f"head.ohem_min_kept is {head.ohem_min_kept}; expected at least 2 pixels")
+
+
+def _check_training(settings: Settings) -> None:
+    train = settings.train
+    if train.clip_grad is not None and train.clip_grad <= 0:
+        raise ConfigError(f"train.clip_grad is {train.clip_grad:g}; expected a norm above 0, or None for no clipping")
+    if train.ema is not None and not 0 < train.ema < 1:
+        raise ConfigError(f"train.ema is {train.ema:g}; expected a decay between 0 and 1, such as 0.999, or None")
+    if train.freeze_blocks < 0:
+        raise ConfigError(f"train.freeze_blocks is {train.freeze_blocks}; expected a number of blocks, 0 for none")
+    if train.freeze_blocks and not settings.init_checkpoint:
+        raise ConfigError(
+            f"train.freeze_blocks={train.freeze_blocks} without init_checkpoint would keep random weights"
+        )
 
 
 def _names(kind: type) -> str:
@@ -253,5 +294,5 @@ def _describe(kind: Any) -> str:
         return simple[kind]
     items = typing.get_args(kind)
     if items[-1] is Ellipsis:
-        return "a list of numbers such as 1,2,3"
+        return "a list of names such as a,b" if items[0] is str else "a list of numbers such as 1,2,3"
     return f"{len(items)} numbers such as {','.join('1' for _ in items)}"

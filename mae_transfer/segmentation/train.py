@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main():
             held.enter_context(claim_folder(Path(work_dir), resume=arguments.resume))
             lines = [check_folder_of(config, split) for split in ("train", "val")]
+            lines += describe_weights(config)
         runner = train(config, lines)
         info = runner.message_hub.runtime_info
         if is_main():
@@ -98,6 +99,15 @@ def train(config: Config, log_lines: Sequence[str] = ()) -> SegmentationRunner:
             print_log(line, logger="current")
         runner.train()
     return runner
+
+
+def describe_weights(config: Config) -> list[str]:
+    """A line of the weights that the classes were given for their shares of the pixels, where they were."""
+    weights = config.facts.class_weights
+    if weights is None:
+        return []
+    shown = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(config.facts.classes, weights, strict=True))
+    return [f"class weights, 1/ln(1.02 + share of the training pixels), by their mean over pixels: {shown}"]
 
 
 def is_main() -> bool:

@@ -17,7 +17,10 @@ from mae_transfer.segmentation.recipe import Facts
 from mae_transfer.segmentation.settings import read_settings
 
 # What MMSegmentation itself warns of, none of which a user of ours can act on.
-IGNORED_WARNINGS = ("ignore:Default ``avg_non_ignore`` is False:UserWarning",)
+IGNORED_WARNINGS = (
+    "ignore:Default ``avg_non_ignore`` is False:UserWarning",
+    "ignore:``build_pixel_sampler`` would be deprecated soon:UserWarning",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
