@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import mmseg
 import pytest
 import torch
 from mmengine.config import Config
@@ -13,11 +14,15 @@ from mmseg.registry import MODELS
 
 from mae_transfer.checkpoint import describe, write_safetensors
 from mae_transfer.errors import ConfigError, DataError
+from mae_transfer.segmentation import MAELinearHead
 from mae_transfer.segmentation.config import derive, load_config
 from mae_transfer.segmentation.recipe import Facts
+from mae_transfer.segmentation.release import our_name
 from mae_transfer.segmentation.settings import read_settings
 from mae_transfer.vit import build_vit
+from pretrain import build_mae
 
+MMSEG = Path(mmseg.__file__).parent / ".mim" / "configs"  # the configs that MMSegmentation ships
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "segmentation"
 TINY = CONFIGS / "upernet_tiny.py"
 
@@ -31,15 +36,151 @@ def load(folder: Path, path: Path = TINY, **options) -> Config:
     return load_config(path, {"dataset.root": str(folder), "dataset.reduce_zero_label": False, **given}, work_dir="run")
 
 
-@pytest.mark.parametrize("name", shipped())
-def test_every_config_builds_and_runs_on_the_meta_device(name: str, make_folder) -> None:
+@pytest.mark.parametrize("name", [name for name in shipped() if "_ms" not in name and "_scratch" not in name])
+def test_every_model_builds_and_runs_on_the_meta_device(name: str, make_folder) -> None:
+    """Of configs with a model of their own."""
     config = load(make_folder(), CONFIGS / name)
     with DefaultScope.overwrite_default_scope("mmseg"), torch.device("meta"):
         model = MODELS.build(config.model)
     crop = config.model.backbone.image_size
+    stride = 4 if config.model.neck else config.model.backbone.patch_size
     with torch.no_grad():
         logits = model._forward(torch.zeros(2, 3, *crop, device="meta"))
-    assert logits.shape == (2, 4, crop[0] // 4, crop[1] // 4)
+    assert logits.shape == (2, 4, crop[0] // stride, crop[1] // stride)
+
+
+def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def build(config: Config) -> torch.nn.Module:
+    with DefaultScope.overwrite_default_scope("mmseg"), torch.device("meta"):
+        return MODELS.build(config.model)
+
+
+# Width, depth, heads and taps of the sizes, as published (MAE; taps of B and L: BEiT).
+ARCHITECTURES = {
+    "b": (768, 12, 12, (3, 5, 7, 11)),
+    "l": (1024, 24, 16, (7, 11, 15, 23)),
+    "h": (1280, 32, 16, (9, 14, 19, 31)),
+}
+
+
+@pytest.mark.parametrize("size", ARCHITECTURES)
+def test_parameters_are_those_of_mmsegmentations_own_config(size: str, make_folder, monkeypatch) -> None:
+    """Name by name and shape by shape, against the model of MMSegmentation's config for MAE on ADE20K."""
+    linspace = torch.linspace  # MMSegmentation reads drop-path rates off it, which the meta device does not hold
+    monkeypatch.setattr(torch, "linspace", lambda *args: linspace(*args, device="cpu"))
+    width, depth, heads, taps = ARCHITECTURES[size]
+    theirs = Config.fromfile(MMSEG / "mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py")
+    theirs.model.pretrained = None
+    theirs.model.backbone.update(embed_dims=width, num_layers=depth, num_heads=heads, out_indices=list(taps))
+    theirs.model.neck.embed_dim = width
+    theirs.model.decode_head.update(in_channels=[width] * 4, channels=width, num_classes=4)
+    theirs.model.auxiliary_head.update(in_channels=width, num_classes=4)
+    config = load(make_folder(), CONFIGS / f"upernet_{size}_512_160k.py")
+    expected = {
+        our_name(name): shape
+        for name, shape in shapes(build(theirs)).items()
+        if not name.endswith("relative_position_index")
+    }
+    assert shapes(build(config)) == expected
+    assert tuple(config.model.backbone.taps) == taps
+    assert config.model.decode_head.dropout_ratio == theirs.model.decode_head.dropout_ratio
+    assert config.model.auxiliary_head.in_index == theirs.model.auxiliary_head.in_index
+
+
+@pytest.mark.parametrize(("size", "width", "depth"), [("b", 768, 12), ("l", 1024, 24)])
+def test_the_modern_variant_is_the_published_encoder_under_vitdets_pyramid(size, width, depth, make_folder) -> None:
+    config = load(make_folder(), CONFIGS / f"upernet_{size}_sfp_512_160k.py")
+    model = build(config)
+    encoder = {name for name in shapes(model) if name.startswith("backbone.")}
+    with torch.device("meta"):
+        published = build_mae({"b": "mae_vit_base_patch16", "l": "mae_vit_large_patch16"}[size]).state_dict()
+    assert encoder == {
+        f"backbone.{name}" for name in published if not name.startswith(("decoder", "mask_token", "norm."))
+    }
+    assert tuple(config.model.backbone.taps) == (depth - 1,)
+    neck = shapes(model.neck)
+    # ViTDet's SimpleFeaturePyramid: transposed convolutions, then 1x1 and 3x3 convolutions to 256 channels.
+    assert neck["simfp_2.0.weight"] == (width, width // 2, 2, 2)
+    assert neck["simfp_2.3.weight"] == (width // 2, width // 4, 2, 2)
+    assert neck["simfp_2.4.weight"] == (256, width // 4, 1, 1)
+    assert neck["simfp_5.2.weight"] == (256, 256, 3, 3)
+    assert neck["simfp_4.0.norm.weight"] == (256,)
+    assert list(config.model.decode_head.in_channels) == [256] * 4
+    assert config.model.decode_head.channels == width
+
+
+@pytest.mark.parametrize(("size", "width", "depth"), [("b", 768, 12), ("l", 1024, 24)])
+def test_probing_heads_read_the_last_block_of_a_frozen_encoder(size, width, depth, make_folder) -> None:
+    folder = make_folder()
+    linear, fcn = (load(folder, CONFIGS / f"{kind}_{size}_512_40k.py") for kind in ("linear", "fcn"))
+    for config in (linear, fcn):
+        assert tuple(config.model.backbone.taps) == (depth - 1,)
+        assert config.model.backbone.frozen is True
+        assert config.model.neck is None and config.model.auxiliary_head is None
+    head = dict(build(linear).decode_head.named_parameters())
+    assert {name: tuple(tensor.shape) for name, tensor in head.items()} == {
+        "conv_seg.weight": (4, width, 1, 1),
+        "conv_seg.bias": (4,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    convolutions = [module for module in build(fcn).decode_head.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert [(conv.out_channels, conv.kernel_size) for conv in convolutions if conv.out_channels != 4] == [
+        (width, (3, 3))
+    ] * 2
+
+
+def test_the_linear_head_is_a_norm_and_a_linear_map() -> None:
+    """Against a batch norm and a matrix product over the pixels, written out."""
+    torch.manual_seed(0)
+    head = MAELinearHead(6, num_classes=3, norm_cfg={"type": "BN"}, in_index=0, dropout_ratio=0.0)
+    x = 5 + 3 * torch.randn(2, 6, 4, 5)
+    normalised = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    weight, bias = head.conv_seg.weight[:, :, 0, 0], head.conv_seg.bias
+    expected = torch.einsum("kc,nchw->nkhw", weight, normalised) + bias[:, None, None]
+    torch.testing.assert_close(head([x]), expected)
+
+
+@pytest.mark.parametrize("size", ["b", "l", "h"])
+def test_multi_scale_configs_differ_by_the_test_alone(size: str, make_folder) -> None:
+    folder = make_folder()
+    single, multi = (load(folder, CONFIGS / f"upernet_{size}_512_160k{end}.py") for end in ("", "_ms"))
+    assert (single.settings.test.tta, multi.settings.test.tta) == (False, True)
+    assert tuple(multi.settings.test.scales) == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    scales = [step["scale_factor"] for step in multi.tta_pipeline[-1]["transforms"][0]]
+    assert tuple(scales) == tuple(multi.settings.test.scales)
+    kinds = [step["type"] for step in multi.tta_pipeline]
+    assert kinds.index("Resize") < kinds.index("TestTimeAug")  # scales are of the resized image
+    for config in (single, multi):
+        del config.settings["test"]["tta"]
+    assert single.to_dict() == multi.to_dict()
+
+
+def test_huge_brings_its_patches_to_whole_crops(make_folder, tmp_path) -> None:
+    encoder = build_vit("tiny", patch_size=14, image_size=28)
+    path = tmp_path / "encoder.safetensors"
+    write_safetensors(path, encoder.state_dict(), describe(encoder).to_metadata())
+    folder = make_folder()
+    huge = CONFIGS / "upernet_h_512_160k.py"
+    config = load(folder, huge, init_checkpoint=str(path), encoder__size="tiny")
+    assert (config.model.backbone.patch_size, tuple(config.model.backbone.image_size)) == (16, (512, 512))
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        backbone = MODELS.build({**config.model.backbone, "image_size": (64, 64)})
+    backbone.init_weights()
+    assert backbone.patch_embed.proj.weight.shape == (192, 3, 16, 16)
+    # Resampling keeps what a patch of one colour gives.
+    ours, theirs = (net.patch_embed.proj.weight.sum((2, 3)) for net in (backbone, encoder))
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.9
+
+
+def test_from_scratch_nothing_is_protected(make_folder) -> None:
+    for size in ("b", "l"):
+        config = load(make_folder(size), CONFIGS / f"upernet_{size}_512_160k_scratch.py")
+        assert config.optim_wrapper.paramwise_cfg.decay_rate == 1.0
+        assert config.model.backbone.init_checkpoint is None
 
 
 def test_upernet_b_is_beits_recipe(make_folder) -> None:
@@ -192,6 +333,11 @@ def test_amp_flag_and_precision(make_folder, amp: bool, given: str, expected: st
         ("train.batch_size", 1, "head.norm=gn"),
         ("encoder.size", "hug", "expected one of tiny"),
         ("test.stride", 500, "gaps"),
+        ("head.kind", "uper", "expected one of upernet, fcn, linear"),
+        ("head.kind", "linear", "head.channels has no meaning"),
+        ("head.kind", "fcn", "head.aux_weight is 0.4; only head.kind=upernet"),
+        ("encoder.pyramid", "none", "head.kind=upernet expects four_tap or simple"),
+        ("encoder.pyramid_norm", "in", "expected one of None, bn"),
         ("dataset.classes", "none.txt", "does not exist"),
     ],
 )
