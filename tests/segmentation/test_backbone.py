@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.registry import DefaultScope
 from mmseg.models.backbones import MAE
+from mmseg.models.backbones import VisionTransformer as TheirTransformer
 from mmseg.registry import MODELS
 from torch import Tensor
 
@@ -124,3 +126,36 @@ def test_an_encoder_of_another_width_is_refused(tmp_path) -> None:
     write_safetensors(path, encoder.state_dict(), describe(encoder).to_metadata())
     with pytest.raises(CheckpointError, match="shapes differ"):
         MAEViT("tiny", patch_size=8, image_size=64, init_checkpoint=str(path)).init_weights()
+
+
+@pytest.mark.parametrize("size", [(32, 48), (96, 64)])
+def test_another_size_equals_mmsegs_mae_made_for_it(size: tuple[int, int]) -> None:
+    """Smaller, larger, and not square: positions resized by MMSegmentation's own function, tables head by head."""
+    ours = randomised(MAEViT("tiny", patch_size=16, image_size=64, taps=(11,)))
+    grid = (size[0] // 16, size[1] // 16)
+    theirs = MAE(
+        img_size=size,
+        patch_size=16,
+        embed_dims=192,
+        num_layers=12,
+        num_heads=3,
+        out_indices=[11],
+        init_values=1.0,
+        norm_cfg={"type": "LN", "eps": 1e-6},
+    )
+    state = mmseg_keys(ours.state_dict())
+    state["pos_embed"] = TheirTransformer.resize_pos_embed(state["pos_embed"], grid, (4, 4), "bicubic")
+    for name, table in state.items():
+        if name.endswith("relative_position_bias_table"):
+            heads = [
+                F.interpolate(
+                    column[:-3].reshape(1, 1, 7, 7), size=(2 * grid[0] - 1, 2 * grid[1] - 1), mode="bicubic"
+                ).flatten()
+                for column in table.T
+            ]
+            state[name] = torch.cat([torch.stack(heads, dim=1), table[-3:]])
+    theirs.load_state_dict(state, strict=False)
+    theirs.train(False)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images)[0], theirs(images)[0], atol=1e-4, rtol=1e-4)
