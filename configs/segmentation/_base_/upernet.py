@@ -2,9 +2,7 @@
 # What a setting leaves open (None there) is derived: model, data pipelines, sliding window and schedule follow from
 # these in mae_transfer/segmentation/recipe.py. `tools/train_seg.py CONFIG --print-config` shows the whole.
 
-dataset = {
-    "root": "data/ade/ADEChallengeData2016",
-    "reduce_zero_label": True,  # 0 is "other": ignored, as in the benchmark
+dataset = {  # without a name and a root: ADE20K, 150 classes, 0 ("other") ignored, at data/ade/ADEChallengeData2016
     "crop_size": 512,  # also the test window; its stride is two thirds (341), images are brought to (2048, 512)
     "scale_range": (0.5, 2.0),
 }
