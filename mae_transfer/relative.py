@@ -23,9 +23,12 @@ from torch.autograd.function import once_differentiable
 from mae_transfer.position import Grid
 
 # As much of the scores at a time: they then stay in the cache between the product, the softmax and the next product.
-_SCORE_BYTES = 2 << 20
+_SCORE_BYTES = 3 << 20
 # In half precision, sums over so short rows of keys are slower than products with zeros and ones: 4 to 10 times at 14.
 _NARROW = 32
+# An odd number of keys leaves every other row of scores unaligned: a product that is added to them then takes twice as
+# long in float32. Keys are filled up to a multiple of this.
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,14 @@ class Step:
 class Bias(Protocol):
     """What is added to the scores, for the one pass that it is made for."""
 
-    #: The keys come last first (tokens, and the patches' rows and columns).
+    #: The keys come last first (tokens, and the patches' rows and columns), and may be followed by some to be left out.
     keys_reversed: bool
-    #: Gradient of the table that this was made from, after ``backward`` for every step.
-    grad: Tensor
 
     def __init__(self, table: Tensor, keys: Grid) -> None: ...
+
+    @property
+    def grad(self) -> Tensor:
+        """Gradient of the table that this was made from, after ``backward`` for every step."""
 
     def fill(self, scores: Tensor, q: Tensor, step: Step) -> None:
         """Write the bias of queries (m·B, t, d) to ``scores`` (m·B, t, keys)."""
@@ -169,33 +174,39 @@ class DecomposedBias:
 class TabledBias:
     """One entry of a table for every offset of query and key (BEiT); three more for a cls token, the first one.
 
+    Query (a, b) and key (h'-1-e, w'-1-f) read entry (a + e, b + f). With the keys last first, and a copy of the table
+    for every column b, what a query reads is one run of h'·w' entries that begins w' further in each further row.
+
     Args:
         table: ((2h'-1)(2w'-1) [+ 3], M).
     """
 
-    # Query (a, b) and key (h'-1-e, w'-1-f) read entry (a + e, b + f): with the keys last first, overlapping windows.
     keys_reversed = True
 
     def __init__(self, table: Tensor, keys: Grid) -> None:
         h, w = self.keys = keys
-        self.num_offsets = (2 * h - 1) * (2 * w - 1)
-        image = table[: self.num_offsets].t().reshape(-1, 2 * h - 1, 2 * w - 1)
-        self.windows = image.unfold(1, h, 1).unfold(2, w, 1)  # (M, h', w', h', w'), a view
-        self.cls_rows = table[self.num_offsets :, :, None, None]  # (0 or 3, M, 1, 1)
-        grad = torch.zeros_like(table.t().contiguous(), dtype=_sum_dtype(table))
-        self.grad = grad.t()
-        self._grad_image = grad[:, : self.num_offsets].unflatten(1, (2 * h - 1, 2 * w - 1))
+        self.num_keys = h * w
+        num_offsets = (2 * h - 1) * (2 * w - 1)
+        image = table[:num_offsets].t().reshape(-1, 2 * h - 1, 2 * w - 1)
+        columns = image.unfold(2, w, 1).transpose(1, 2).flatten(2)  # (M, w', (2h'-1)·w')
+        self.runs = columns.unfold(2, h * w, w).transpose(1, 2)  # (M, h', w', h'·w'), a view
+        self.cls_rows = table[num_offsets:, :, None, None]  # (0 or 3, M, 1, 1)
+        self._grad_columns = torch.zeros_like(columns, dtype=_sum_dtype(table))
+        self._grad_cls = torch.zeros_like(table[num_offsets:], dtype=_sum_dtype(table))
 
     def fill(self, scores: Tensor, q: Tensor, step: Step) -> None:
         scores = scores.unflatten(0, (-1, step.num_windows))  # (m, B, t, keys)
-        windows = self.windows[step.heads, step.first_row : step.first_row + step.rows, : step.columns]
-        self._patches(scores, step).copy_(windows[:, None])
+        runs = self.runs[step.heads, step.first_row : step.first_row + step.rows, : step.columns]
+        self._patches(scores, step).copy_(runs[:, None])
+        num_keys = self.num_keys
         if len(self.cls_rows):
             cls_to_patch, patch_to_cls, cls_to_cls = self.cls_rows[:, step.heads]  # each (m, 1, 1)
-            scores[..., -1] = patch_to_cls
+            scores[..., num_keys] = patch_to_cls
             if step.begins_with_cls:
-                scores[..., 0, :-1] = cls_to_patch
-                scores[..., 0, -1] = cls_to_cls[..., 0]
+                scores[..., 0, :num_keys] = cls_to_patch
+                scores[..., 0, num_keys] = cls_to_cls[..., 0]
+            num_keys += 1
+        scores[..., num_keys:] = -torch.inf  # what the keys were filled up with
 
     def backward(self, grad_scores: Tensor, q: Tensor, grad_q: Tensor, step: Step) -> None:
         (h, w), first = self.keys, int(step.begins_with_cls)
@@ -203,25 +214,33 @@ class TabledBias:
         if step.num_windows == 1:
             grad_scores = grad_scores[:, 0]  # (m, t, keys)
         else:
-            grad_scores = grad_scores.sum(1, dtype=self.grad.dtype)
-        patches = self._patches(grad_scores, step)  # (m, r, c, h', w')
-        rows = patches.new_zeros(len(patches), step.rows, h, 2 * w - 1)
-        for column in range(step.columns):
-            rows[..., column : column + w] += patches[:, :, column]
+            grad_scores = grad_scores.sum(1, dtype=self._grad_columns.dtype)
+        patches = self._patches(grad_scores, step)  # (m, r, c, h'·w')
+        columns = patches.new_zeros(len(patches), step.columns, (step.rows + h - 1) * w)
         for row in range(step.rows):
-            top = step.first_row + row
-            self._grad_image[step.heads, top : top + h] += rows[:, row]
+            columns[..., row * w : (row + h) * w] += patches[:, row]
+        rows = slice(step.first_row * w, (step.first_row + step.rows + h - 1) * w)
+        self._grad_columns[step.heads, : step.columns, rows] += columns
         if len(self.cls_rows):
-            cls_to_patch, patch_to_cls, cls_to_cls = self.grad[self.num_offsets :, step.heads]  # each (m,)
-            patch_to_cls += grad_scores[:, first:, -1].sum(1)
+            cls_to_patch, patch_to_cls, cls_to_cls = self._grad_cls[:, step.heads]  # each (m,)
+            patch_to_cls += grad_scores[:, first:, self.num_keys].sum(1)
             if step.begins_with_cls:
-                cls_to_patch += grad_scores[:, 0, :-1].sum(1)
-                cls_to_cls += grad_scores[:, 0, -1]
+                cls_to_patch += grad_scores[:, 0, : self.num_keys].sum(1)
+                cls_to_cls += grad_scores[:, 0, self.num_keys]
+
+    @property
+    def grad(self) -> Tensor:
+        h, w = self.keys
+        columns = self._grad_columns.unflatten(2, (2 * h - 1, w))
+        image = columns.new_zeros(len(columns), 2 * h - 1, 2 * w - 1)
+        for column in range(w):
+            image[..., column : column + w] += columns[:, column]
+        return torch.cat([image.flatten(1).t(), self._grad_cls])
 
     def _patches(self, scores: Tensor, step: Step) -> Tensor:
-        """A view of (…, t, keys) without the cls token: (…, r, c, h', w')."""
-        patches = scores[..., int(step.begins_with_cls) :, : self.keys[0] * self.keys[1]]
-        return patches.unflatten(-1, self.keys).unflatten(-3, (step.rows, step.columns))
+        """A view of (…, t, keys) without the cls token: (…, r, c, h'·w')."""
+        patches = scores[..., int(step.begins_with_cls) :, : self.num_keys]
+        return patches.unflatten(-2, (step.rows, step.columns))
 
 
 class AttendInPieces(torch.autograd.Function):
@@ -368,13 +387,13 @@ class _Plan:
             kv[..., :rows, :columns, :] = tokens[1:]
         kv = kv.view(2, num_heads, -1, math.prod(part.keys), d)
         if self._reversed:
-            kv = _last_first(kv)
+            kv = _last_first(kv, aligned=True)
         return q.view(num_heads, -1, rows * columns, d), kv[0], kv[1]
 
     def scatter_keys(self, grad: Tensor, target: Tensor, part: Windows, grad_padding: Tensor | None) -> None:
         """Gradients of the k and v that ``gather`` gave, (2, M, B, keys, d) -> of the tokens, and of the padding."""
         if self._reversed:
-            grad = _last_first(grad)
+            grad = _last_first(grad[..., : math.prod(part.keys), :])
         (rows, columns), windows = part.queries, target.shape[:-3]
         grad = grad.view(*windows, *part.keys, -1)
         target.copy_(grad[..., :rows, :columns, :])
@@ -388,7 +407,8 @@ class _Plan:
         rows, columns = part.queries if self.side else self.grid
         num_cls = q.shape[2] - rows * columns
         row_of_scores = q.shape[1] * columns * k.shape[2] * q.element_size()
-        rows_at_a_time = min(rows, max(1, _SCORE_BYTES // row_of_scores))
+        num_steps = math.ceil(rows * row_of_scores / _SCORE_BYTES)
+        rows_at_a_time = math.ceil(rows / num_steps)  # as equal as they can be: a short step costs as many calls
         heads_at_a_time = max(1, _SCORE_BYTES // (row_of_scores * rows))
         return [
             Step(
@@ -408,9 +428,15 @@ class _Plan:
         return self.bias is not None and self.bias.keys_reversed
 
 
-def _last_first(x: Tensor) -> Tensor:
-    """(2, M, B, T, d) with its tokens in reverse; rows are copied whole, which is faster than ``flip`` here."""
-    return x.index_select(3, torch.arange(x.shape[3] - 1, -1, -1, device=x.device))
+def _last_first(x: Tensor, *, aligned: bool = False) -> Tensor:
+    """(2, M, B, T, d) with its tokens in reverse; rows are copied whole, which is faster than ``flip`` here.
+
+    With ``aligned``, an odd number is filled up, with any of them.
+    """
+    tokens = torch.arange(x.shape[3] - 1, -1, -1, device=x.device)
+    if aligned and len(tokens) % 2:
+        tokens = torch.cat([tokens, tokens.new_zeros(-len(tokens) % _ALIGNED)])
+    return x.index_select(3, tokens)
 
 
 class _Room:
