@@ -103,7 +103,7 @@ def load_model(run: str | Path, overrides: Sequence[str] = ()) -> tuple[MAESegme
     encoder = config.model.backbone.init_checkpoint
     model = build_model(config, None)
     model.backbone.init_checkpoint = encoder
-    model.init_weights()
+    model.backbone.init_weights()
     return model, config
 
 

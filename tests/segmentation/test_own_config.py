@@ -16,7 +16,8 @@ README = Path(__file__).resolve().parents[2] / "configs/segmentation/README.md"
 
 
 def test_the_readmes_config_builds_in_stock_classes(tmp_path) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in blocks if "custom_imports" in block)
     path = tmp_path / "own.py"
     path.write_text(block)
     config = Config.fromfile(path)

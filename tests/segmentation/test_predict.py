@@ -110,6 +110,12 @@ def test_a_batch_of_any_sizes_is_what_single_images_give(run: Path, tta: bool) -
         assert (predictor(image) != labels).mean() < 0.005
 
 
+def test_scales_are_averaged_where_the_settings_say_so(run: Path) -> None:
+    assert Predictor(run, device="cpu").scales is None
+    assert Predictor(run, device="cpu", options={"test.tta": True}).scales == (0.5, 1.5)
+    assert Predictor(run, device="cpu", options={"test.tta": True}, tta=False).scales is None
+
+
 def test_many_classes_are_compared_in_parts(predictor: Predictor) -> None:
     logits = torch.randint(0, 9, (50, 5, 7), generator=torch.Generator().manual_seed(0)).float()  # with ties
     expected = torch.nn.functional.interpolate(logits[None], size=(10, 14), mode="bilinear")[0].argmax(dim=0)
@@ -230,7 +236,14 @@ def test_a_checkpoint_without_its_run_is_predicted_by_a_config(predictor: Predic
     names.write_text("\n".join(CLASSES))
     options = [f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in OPTIONS.items()]
     file, out = scenes(run)[0], tmp_path / "out"
-    given: list[str | Path] = ["--config", CONFIG, "--cfg-options", f"dataset.classes={names}", *options]
+    given: list[str | Path] = [
+        "--config",
+        CONFIG,
+        "--cfg-options",
+        f"dataset.root={tmp_path}",
+        f"dataset.classes={names}",
+        *options,
+    ]
     assert tool(release, file, "--out", out, *given) == 0
     with Image.open(out / f"{file.stem}_labels.png") as picture:
         np.testing.assert_array_equal(np.array(picture), predictor(file) + 1)
