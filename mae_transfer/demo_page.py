@@ -213,7 +213,7 @@ def _segmentation_drawing() -> tuple[list[tuple[int, int, int]], Callable[..., n
     """The classes' colours and the overlay of the segmentation tools; their frameworks talk while being imported."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from mae_transfer.segmentation.dataset import palette
+        from mae_transfer.segmentation.colours import palette
         from mae_transfer.segmentation.visualize import overlay
     return palette(len(CLASSES)), overlay
 

@@ -10,9 +10,10 @@ require("mmseg", "segmentation")
 
 # The imports below register on mmseg's registries, so they must follow the check.
 from mae_transfer.segmentation.backbone import MAEViT  # noqa: E402
-from mae_transfer.segmentation.dataset import ADEFolder, LoadIndexMask, ReplaySampler  # noqa: E402
+from mae_transfer.segmentation.dataset import LabelledImages, LoadLabels, LoadPicture, ReplaySampler  # noqa: E402
 from mae_transfer.segmentation.heads import MAELinearHead  # noqa: E402
 from mae_transfer.segmentation.hooks import (  # noqa: E402
+    AverageWeights,
     PredictionPictures,
     RecordMetrics,
     SaveOnSignal,
@@ -33,8 +34,10 @@ from mae_transfer.segmentation.segmentor import MAESegmentor  # noqa: E402
 from mae_transfer.segmentation.upernet import MAEUPerHead  # noqa: E402
 
 __all__ = [
-    "ADEFolder",
-    "LoadIndexMask",
+    "AverageWeights",
+    "LabelledImages",
+    "LoadLabels",
+    "LoadPicture",
     "MAEAmpOptimWrapper",
     "MAEDiceLoss",
     "MAEDistributedDataParallel",

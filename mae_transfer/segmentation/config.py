@@ -23,14 +23,17 @@ from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, EncoderInfo, re
 from mae_transfer.engine.config import flatten, valid_keys
 from mae_transfer.errors import ConfigError, unknown_key
 from mae_transfer.segmentation import recipe
-from mae_transfer.segmentation.folder import read_classes
 from mae_transfer.segmentation.losses import balanced_weights
+from mae_transfer.segmentation.masks import Colour
 from mae_transfer.segmentation.recipe import Facts
 from mae_transfer.segmentation.settings import Settings, read_settings, settings_dict
+from mae_transfer.segmentation.source import class_names, class_palette, splits_of
 from mae_transfer.sizes import SIZES
 
 # Keys of MMEngine's Runner that a file may add to those that the recipe derives.
 _RUNNER_KEYS = ("auto_scale_lr", "model_wrapper_cfg", "experiment_name", "compile")
+# Settings that the class names depend on.
+_CLASS_KEYS = tuple(f"dataset.{key}" for key in ("name", "root", "classes", "reduce_zero_label", "masks", "colours"))
 _DUMPED = ("settings", "facts", "overrides")
 
 
@@ -96,6 +99,7 @@ def derive(settings: Settings, facts: Facts, work_dir: str) -> Config:
                 "mean": facts.mean,
                 "std": facts.std,
                 "classes": facts.classes,
+                "palette": facts.palette,
                 "class_weights": facts.class_weights,
             },
             "overrides": {},
@@ -126,20 +130,20 @@ def gather_facts(
     info: EncoderInfo | None = None
     if settings.init_checkpoint and (known is None or for_training or any(key in chosen for key in encoder_keys)):
         info = read_checkpoint(settings.init_checkpoint).info
-    class_keys = ("dataset.root", "dataset.classes", "dataset.reduce_zero_label")
-    if known is not None and not any(key in chosen for key in class_keys):
+    palette: tuple[Colour, ...]
+    if known is not None and not any(key in chosen for key in _CLASS_KEYS):
         classes = tuple(known["classes"])
+        palette = tuple((red, green, blue) for red, green, blue in known.get("palette", ()))
     else:
-        dataset = settings.dataset
-        classes = tuple(
-            read_classes(
-                dataset.root,
-                dataset.classes,
-                splits=(dataset.train_split, dataset.val_split),
-                reduce_zero_label=dataset.reduce_zero_label,
-            )
-        )
-    shared: dict[str, Any] = {"classes": classes, "num_processes": num_processes, "gpus": torch.cuda.is_available()}
+        splits = splits_of(settings.dataset)
+        classes = class_names(splits, settings.dataset.classes)
+        palette = class_palette(splits[0], classes)
+    shared: dict[str, Any] = {
+        "classes": classes,
+        "palette": palette,
+        "num_processes": num_processes,
+        "gpus": torch.cuda.is_available(),
+    }
     if known is not None and info is None and not any(key in chosen for key in encoder_keys):
         return Facts(
             size=known["size"],

@@ -1,11 +1,12 @@
-"""ADE20K-layout folders as an MMSegmentation data set, with draws that a restart repeats."""
+"""Folders of images and masks as an MMSegmentation data set, with draws that a restart repeats."""
 
 from __future__ import annotations
 
-import colorsys
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,15 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 from torch.utils.data import Sampler
 
+from mae_transfer.data.decode import open_picture
 from mae_transfer.data.draws import Draws, Purpose, permutation
+from mae_transfer.data.scan import Progress
 from mae_transfer.data.share import choose_share
 from mae_transfer.errors import DataError
-from mae_transfer.segmentation.folder import check_labels, find_pairs, read_mask, reduce_labels
+from mae_transfer.segmentation.masks import Colour
+from mae_transfer.segmentation.source import Split, class_palette
+
+_OPEN_FILES = 4
 
 
 class Draw(int):
@@ -37,15 +43,14 @@ class Draw(int):
 
 
 @DATASETS.register_module()
-class ADEFolder(BaseSegDataset):
-    """A split of a folder in ADE20K's layout (see ``folder.find_pairs``).
+class LabelledImages(BaseSegDataset):
+    """A split of a folder of images and masks, in ADE20K's layout or that of a published data set.
 
     Args:
-        root: the folder that holds images/ and annotations/.
-        split: "training", "validation" …
         classes: names in the order of their labels.
-        reduce_zero_label: label 0 is unlabelled.
+        palette: RGB of each class in pictures; by default made.
         fraction, fraction_seed: share of the images that is used, and what draws it (``choose_share``).
+        root, split, reduce_zero_label, name, masks, colours, mask_size: ``Split``'s.
         **kwargs: BaseSegDataset's (``pipeline``, ``test_mode``, ``indices`` …).
     """
 
@@ -56,14 +61,29 @@ class ADEFolder(BaseSegDataset):
         split: str,
         classes: Sequence[str],
         reduce_zero_label: bool,
+        name: str | None = None,
+        masks: str = "auto",
+        colours: str | None = None,
+        mask_size: str = "refuse",
+        palette: Sequence[Colour] | None = None,
         fraction: float = 1.0,
         fraction_seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        self.root, self.split = root, split
+        self.source = Split(
+            root=root,
+            split=split,
+            reduce_zero_label=reduce_zero_label,
+            name=name,
+            masks=masks,
+            colours=colours,
+            mask_size=mask_size,
+        )
+        self.reader = self.source.reader(classes)
         self.fraction, self.fraction_seed = fraction, fraction_seed
+        colour_list = class_palette(self.source, classes) if palette is None else tuple(map(tuple, palette))
         super().__init__(
-            metainfo={"classes": tuple(classes), "palette": palette(len(classes))},
+            metainfo={"classes": tuple(classes), "palette": list(colour_list)},
             reduce_zero_label=reduce_zero_label,
             data_prefix={"img_path": None, "seg_map_path": None},
             **kwargs,
@@ -71,8 +91,8 @@ class ADEFolder(BaseSegDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """One entry for each pair of the split, by name; of the chosen ones where a fraction is asked for."""
-        pairs = find_pairs(self.root, self.split)
-        names = [pair.image.stem for pair in pairs]
+        pairs = self.source.pairs()
+        names = [pair.name for pair in pairs]
         chosen = set(choose_share(names, self.fraction, seed=self.fraction_seed, key="dataset.fraction"))
         return [
             {
@@ -80,36 +100,87 @@ class ADEFolder(BaseSegDataset):
                 "seg_map_path": str(pair.mask),
                 "label_map": None,
                 "reduce_zero_label": self.reduce_zero_label,
-                "num_classes": len(self.metainfo["classes"]),
                 "seg_fields": [],
             }
             for pair in pairs
-            if pair.image.stem in chosen
+            if pair.name in chosen
         ]
 
+    def get_data_info(self, idx: int) -> dict[str, Any]:
+        """The entry, with what reads its mask."""
+        return {**super().get_data_info(idx), "mask_reader": self.reader}
+
     def __getitem__(self, index: int) -> Any:
-        if not isinstance(index, Draw):
-            return super().__getitem__(index)
-        with seeded(index.seed):
-            return super().__getitem__(int(index))
+        try:
+            if not isinstance(index, Draw):
+                return super().__getitem__(index)
+            with seeded(index.seed):
+                return super().__getitem__(int(index))
+        except DataError as error:
+            raise UnusableSample(f"{error}; tools/check_dataset.py finds every such file before a run") from None
+
+    def label_counts(self) -> np.ndarray:
+        """Pixels of each class in all masks, (classes,) int64.
+
+        Raises:
+            DataError: a mask cannot be read.
+        """
+        masks = [self.get_data_info(index)["seg_map_path"] for index in range(len(self))]
+
+        def count(path: str) -> np.ndarray:
+            return np.bincount(self.reader.read(path).ravel(), minlength=256)
+
+        total = np.zeros(256, np.int64)
+        with ThreadPoolExecutor(_OPEN_FILES) as pool, Progress("counting labels") as progress:
+            for counts in pool.map(count, masks):
+                total += counts
+                progress.add(1)
+        return total[: self.reader.num_classes]
+
+
+class UnusableSample(DataError):
+    """An image or mask that is found to be unusable while it is read.
+
+    Raised in a worker process, torch raises it again here from a text that holds the worker's traceback; what is kept
+    of it is the message.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 @TRANSFORMS.register_module()
-class LoadIndexMask(BaseTransform):
-    """Read a mask, check it against its image and the classes, and reduce its labels where the data set says so.
+class LoadPicture(BaseTransform):
+    """Read an image of any kind (gray, palette, with transparency, 16 bits, CMYK …), upright, as (H, W, 3) uint8 BGR.
 
     Raises:
-        DataError: another size than the image's, colours, or a label that no class has.
+        DataError: it cannot be read.
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        path = results["seg_map_path"]
-        labels = read_mask(path)
-        if labels.shape != tuple(results["ori_shape"][:2]):
-            raise DataError(f"mask {path} is {labels.shape[::-1]}, its image {tuple(results['ori_shape'][1::-1])}")
-        reduce = results["reduce_zero_label"]
-        check_labels(labels, path, num_classes=results["num_classes"], reduce_zero_label=reduce)
-        results["gt_seg_map"] = reduce_labels(labels) if reduce else labels
+        path = results["img_path"]
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read image {path}: {error}") from error
+        pixels = open_picture(data, name=str(path), floats=False).decode()  # (H, W, 3), or (H, W, 1) of gray files
+        image = np.ascontiguousarray(np.broadcast_to(pixels[..., ::-1], (*pixels.shape[:2], 3)))
+        results["img"] = image
+        results["img_shape"] = results["ori_shape"] = image.shape[:2]
+        return results
+
+
+@TRANSFORMS.register_module()
+class LoadLabels(BaseTransform):
+    """Read a mask, as class numbers of its image's size, by the data set's ``MaskReader``.
+
+    Raises:
+        DataError: another size than the image's, another kind of file, or what no class has.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        size = results["ori_shape"][:2]
+        results["gt_seg_map"] = results["mask_reader"].read(results["seg_map_path"], (int(size[0]), int(size[1])))
         results["seg_fields"].append("gt_seg_map")
         return results
 
@@ -166,13 +237,3 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(torch_state)
-
-
-def palette(num_classes: int) -> list[tuple[int, int, int]]:
-    """Distinct RGB colours, the same at every call: hues by the golden ratio, three brightnesses in turn."""
-    colours = []
-    for index in range(num_classes):
-        hue = (0.05 + index * 0.618033988749895) % 1.0
-        red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.6, 0.95)[index % 3], (0.95, 0.75, 0.6)[(index // 3) % 3])
-        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
-    return colours

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 import torch
 from mmengine.device import get_device
@@ -15,9 +15,11 @@ from mmengine.dist import all_reduce, barrier, broadcast_object_list, is_main_pr
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
+from mae_transfer.data.decode import decode_image
+from mae_transfer.engine.ema import WeightAverage
 from mae_transfer.engine.metrics import MetricsLog, read_metrics
-from mae_transfer.errors import EXIT_PREEMPTED, RunFailed
-from mae_transfer.segmentation.processes import gather, release, share_statistics
+from mae_transfer.errors import EXIT_PREEMPTED, CheckpointError, RunFailed
+from mae_transfer.segmentation.processes import gather, release, share_of, share_statistics, whole
 from mae_transfer.segmentation.visualize import draw_segmentation, save_picture
 
 METRICS = "metrics.json"
@@ -132,6 +134,73 @@ class ShareForValidation(Hook):
 
 
 @HOOKS.register_module()
+class AverageWeights(Hook):
+    """Validate, and keep as best, an exponential average over the weights of the steps (``engine.ema``).
+
+    The average is the entry "ema" of a checkpoint, beside the weights that training goes on with; ``read_weights``
+    gives what was validated. Running means of batch normalisation are those of the weights.
+
+    Args:
+        decay: of a long run; a young average forgets faster.
+    """
+
+    priority = "HIGH"  # before a validation gathers shards, and before a checkpoint
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self._saved: dict[str, Any] | None = None
+        self._average: WeightAverage | None = None
+        self._swapped: AbstractContextManager[None] | None = None
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Remember the average that the run goes on with.
+
+        Raises:
+            CheckpointError: it was trained without.
+        """
+        self._saved = checkpoint.get("ema")
+        if self._saved is None:
+            raise CheckpointError("the checkpoint holds no average of the weights: it was trained without train.ema")
+
+    def before_train(self, runner: Any) -> None:
+        """Begin with the weights, or where the run had been."""
+        self._average = WeightAverage(runner.module, self.decay)
+        if self._saved is not None:
+            own = self._average.tensors
+            self._average.load({name: share_of(tensor, own[name]) for name, tensor in self._saved.items()})
+            self._saved = None
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        """Take in the step."""
+        assert self._average is not None
+        self._average.update(runner.iter + 1)
+
+    def before_val(self, runner: Any) -> None:
+        """The model computes with the average."""
+        if self._average is not None:
+            self._swapped = self._average.in_place()
+            self._swapped.__enter__()
+
+    def after_val(self, runner: Any) -> None:
+        """Go on with the weights."""
+        if self._swapped is not None:
+            self._swapped.__exit__(None, None, None)
+            self._swapped = None
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the average; a checkpoint to go on from that is written in a validation gets the weights themselves."""
+        if self._average is None or "optimizer" not in checkpoint:
+            return
+        kept = whole(self._average.tensors)  # in a validation, these are the weights
+        used = {name: checkpoint["state_dict"][name] for name in kept}
+        swapped = self._swapped is not None
+        checkpoint["ema"] = used if swapped else kept
+        checkpoint["state_dict"].update(kept if swapped else used)
+
+
+@HOOKS.register_module()
 class StopOnBadLoss(Hook):
     """End the run when the loss is no longer finite, before a checkpoint of it is written.
 
@@ -225,7 +294,7 @@ class PredictionPictures(Hook):
         for sample in outputs:
             truth = sample.gt_sem_seg.data.squeeze().cpu().numpy() if "gt_sem_seg" in sample else None
             picture = draw_segmentation(
-                mmcv.imread(sample.img_path, channel_order="rgb"),
+                np.asarray(decode_image(sample.img_path)),
                 sample.pred_sem_seg.data.squeeze().cpu().numpy(),
                 meta["classes"],
                 meta["palette"],

@@ -20,9 +20,8 @@ from torch.nn.functional import interpolate
 from mae_transfer.engine.files import write_text
 from mae_transfer.engine.hardware import named_device
 from mae_transfer.errors import CheckpointError, ConfigError, DataError
+from mae_transfer.segmentation.colours import palette
 from mae_transfer.segmentation.config import load_config, read_options
-from mae_transfer.segmentation.dataset import palette
-from mae_transfer.segmentation.folder import displayed_size
 from mae_transfer.segmentation.runner import checkpoints_of, load_weights
 from mae_transfer.segmentation.segmentor import MAESegmentor
 from mae_transfer.segmentation.visualize import Colour, draw_legend, draw_segmentation, save_picture
@@ -110,7 +109,6 @@ class Predictor:
         Raises:
             DataError: no readable image.
         """
-        displayed_size(path)  # raises with the reason, where OpenCV would return nothing
         results: dict[str, Any] | None = {"img_path": str(path)}
         try:
             for step in self._load:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mae_transfer.errors import ConfigError
 from mae_transfer.position import to_pair
 from mae_transfer.segmentation.geometry import whole_maps
+from mae_transfer.segmentation.masks import Colour
 from mae_transfer.segmentation.settings import Settings, loss_names
+from mae_transfer.segmentation.source import Split, splits_of
 from mae_transfer.sizes import get_size
 
 MAX_WARMUP = 1500
@@ -38,6 +40,7 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    palette: tuple[Colour, ...] = ()  # in pictures; empty: made
     class_weights: tuple[float, ...] | None = None
     num_processes: int = 1
     gpus: bool = False
@@ -171,13 +174,14 @@ def _head(settings: Settings, facts: Facts, channels: int) -> dict[str, Any]:
 def data(settings: Settings, facts: Facts) -> dict[str, Any]:
     """Data loaders, evaluators and the test-time-augmentation pipeline."""
     dataset = settings.dataset
+    train_split, val_split = splits_of(dataset)
     crop = crop_size(settings, facts.patch_size)
     bound = dataset.resize or (4 * min(crop), min(crop))
-    read: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}]
+    read: list[dict[str, Any]] = [{"type": "LoadPicture"}]
     resize = {"type": "Resize", "scale": bound, "keep_ratio": True}
     train_pipeline = [
         *read,
-        {"type": "LoadIndexMask"},
+        {"type": "LoadLabels"},
         {"type": "RandomResize", "scale": bound, "ratio_range": dataset.scale_range, "keep_ratio": True},
         {"type": "RandomCrop", "crop_size": crop, "cat_max_ratio": CAT_MAX_RATIO},
         {"type": "RandomFlip", "prob": 0.5},
@@ -185,22 +189,21 @@ def data(settings: Settings, facts: Facts) -> dict[str, Any]:
         {"type": "PackSegInputs"},
     ]
     # The mask is read after resizing: predictions are brought to the image's own size and compared there.
-    test_pipeline = [*read, resize, {"type": "LoadIndexMask"}, {"type": "PackSegInputs"}]
+    test_pipeline = [*read, resize, {"type": "LoadLabels"}, {"type": "PackSegInputs"}]
     scaled = [{"type": "Resize", "scale_factor": scale, "keep_ratio": True} for scale in settings.test.scales]
     flipped = [{"type": "RandomFlip", "prob": prob, "direction": "horizontal"} for prob in (0.0, 1.0)]
     # Scales multiply the *resized* image: ``resize`` comes before TestTimeAug.
     augmented = {
         "type": "TestTimeAug",
-        "transforms": [scaled, flipped, [{"type": "LoadIndexMask"}], [{"type": "PackSegInputs"}]],
+        "transforms": [scaled, flipped, [{"type": "LoadLabels"}], [{"type": "PackSegInputs"}]],
     }
 
-    def source(split: str, pipeline: Sequence[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+    def source(split: Split, pipeline: Sequence[dict[str, Any]], **extra: Any) -> dict[str, Any]:
         return {
-            "type": "ADEFolder",
-            "root": dataset.root,
-            "split": split,
+            "type": "LabelledImages",
+            **asdict(split),
             "classes": list(facts.classes),
-            "reduce_zero_label": dataset.reduce_zero_label,
+            "palette": list(facts.palette) or None,
             "pipeline": list(pipeline),
             **extra,
         }
@@ -210,7 +213,7 @@ def data(settings: Settings, facts: Facts) -> dict[str, Any]:
         "batch_size": 1,
         **workers,
         "sampler": {"type": "DefaultSampler", "shuffle": False},
-        "dataset": source(dataset.val_split, test_pipeline, test_mode=True),
+        "dataset": source(val_split, test_pipeline, test_mode=True),
     }
     # "gpu": several processes hand each other their results, on CPUs too; "cpu" would be files in the current folder.
     evaluator = {"type": "IoUMetric", "iou_metrics": ["mIoU"], "collect_device": "gpu"}
@@ -220,7 +223,7 @@ def data(settings: Settings, facts: Facts) -> dict[str, Any]:
             **workers,
             "sampler": {"type": "ReplaySampler", "shuffle": True},
             "dataset": source(
-                dataset.train_split, train_pipeline, fraction=dataset.fraction, fraction_seed=dataset.fraction_seed
+                train_split, train_pipeline, fraction=dataset.fraction, fraction_seed=dataset.fraction_seed
             ),
         },
         "val_dataloader": validation,
@@ -294,6 +297,7 @@ def runtime(settings: Settings, facts: Facts, work_dir: str) -> dict[str, Any]:
         },
         "custom_hooks": [
             {"type": "RecordMetrics", "interval": train.log_interval},
+            *([] if train.ema is None else [{"type": "AverageWeights", "decay": train.ema}]),
             {"type": "ShareForValidation"},
             {"type": "StopOnBadLoss"},
             {"type": "SaveOnSignal"},
@@ -437,7 +441,8 @@ def _norm_name(settings: Settings, facts: Facts) -> str:
 def _norm(settings: Settings, facts: Facts, channels: int) -> dict[str, Any]:
     name = _norm_name(settings, facts)
     if name == "gn":
-        return {"type": "GN", "num_groups": math.gcd(32, channels), "requires_grad": True}
+        # At least two channels a group: one alone is normalised to nothing on the pooled branch's map of one pixel.
+        return {"type": "GN", "num_groups": math.gcd(32, max(1, channels // 2)), "requires_grad": True}
     return {"type": "SyncBN" if name == "syncbn" else "BN", "requires_grad": True}
 
 

@@ -17,22 +17,28 @@ from typing import Any
 from mae_transfer.data.share import check_share
 from mae_transfer.engine.config import valid_keys
 from mae_transfer.errors import ConfigError, unknown_key
+from mae_transfer.segmentation.masks import KINDS
+from mae_transfer.segmentation.names import PUBLISHED
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSettings:
-    """A folder in ADE20K's layout and how images are brought to size."""
+    """A folder in ADE20K's layout, or a published data set, and how images are brought to size."""
 
-    root: str = "data/ade/ADEChallengeData2016"
+    name: str | None = None  # ade20k, cityscapes, voc2012 …: its layout, classes, colours and labels, as published
+    root: str | None = None  # None: where MMSegmentation's documentation puts the named one; without a name, ADE20K's
     classes: str | None = None  # .txt (a name a line) or .json (list of names); None: ROOT/classes.txt, else the masks
-    reduce_zero_label: bool = True  # label 0 is "unlabelled": ignored, and the other labels count from 0
+    reduce_zero_label: bool | None = None  # label 0 is unlabelled, the others count from 0; None: if masks are numbers
+    masks: str = "auto"  # index (a number a pixel), colours, binary (black, white); auto: colours if there is a table
+    colours: str | None = None  # .txt (R G B name a line), .csv or .json: the colour of each class in colour masks
+    mask_size: str = "refuse"  # masks of another size than their image; or resize, by nearest neighbour
     crop_size: int | tuple[int, int] = 512  # training crop and test window, pixels
     resize: tuple[int, int] | None = None  # bound on the (longer, shorter) side; None: (4, 1) x the crop's shorter side
     scale_range: tuple[float, float] = (0.5, 2.0)  # training scales, relative to ``resize``
-    train_split: str = "training"
+    train_split: str | None = None  # None: the named data set's, or training
     fraction: float = 1.0  # share of the training images that is trained on
     fraction_seed: int = 0  # draws which; a smaller share lies within a larger one
-    val_split: str = "validation"
+    val_split: str | None = None  # None: the named data set's, or validation
     workers: int = 4
 
 
@@ -163,6 +169,9 @@ _SECTIONS: dict[str, type] = {
 }
 
 _CHOICES = {
+    "dataset.name": (None, *PUBLISHED),
+    "dataset.masks": KINDS,
+    "dataset.mask_size": ("refuse", "resize"),
     "encoder.relative_position": (None, "bias"),
     "encoder.pyramid": (None, "four_tap", "simple", "none"),
     "encoder.pyramid_norm": (None, "bn", "syncbn", "gn", "ln"),

@@ -11,10 +11,9 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mae_transfer.segmentation.config import load_config, process_count
-from mae_transfer.segmentation.folder import check_folder
 from mae_transfer.segmentation.processes import joined
 from mae_transfer.segmentation.runner import SegmentationRunner, load_weights
-from mae_transfer.segmentation.train import add_common_flags, is_main
+from mae_transfer.segmentation.train import add_common_flags, check_folder_of, is_main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,13 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.show_dir:
         (pictures,) = (hook for hook in config.custom_hooks if hook.type == "PredictionPictures")
         pictures.update(folder=overlays, count=None)
-    dataset = config.settings.dataset
-    check_folder(
-        dataset.root,
-        split=dataset.val_split,
-        num_classes=len(config.facts.classes),
-        reduce_zero_label=dataset.reduce_zero_label,
-    )
+    check_folder_of(config, "test")
     metrics = run_test(config, arguments.checkpoint, tta=arguments.tta or config.settings.test.tta)
     if is_main():
         print(", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if not name.endswith("time")))

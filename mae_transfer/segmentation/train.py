@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,10 +19,11 @@ from mae_transfer.engine.allocator import keep_freed_memory
 from mae_transfer.engine.run_folder import RunFolder
 from mae_transfer.engine.signals import StopRequest
 from mae_transfer.errors import ConfigError
+from mae_transfer.segmentation.check import check_folder
 from mae_transfer.segmentation.config import load_config, process_count
-from mae_transfer.segmentation.folder import check_folder
 from mae_transfer.segmentation.processes import joined
 from mae_transfer.segmentation.runner import SegmentationRunner
+from mae_transfer.segmentation.source import Split
 
 _TIMESTAMP = re.compile(r"\d{8}_\d{6}")
 
@@ -117,13 +119,8 @@ def is_main() -> bool:
 
 def check_folder_of(config: Config, which: str) -> str:
     """Check the "train" or "val" split of the config's data set; returns a line for the log."""
-    settings = config.settings.dataset
-    return check_folder(
-        settings.root,
-        split=settings.train_split if which == "train" else settings.val_split,
-        num_classes=len(config.facts.classes),
-        reduce_zero_label=settings.reduce_zero_label,
-    )
+    entry = config[f"{which}_dataloader"].dataset
+    return check_folder(Split(**{key.name: entry[key.name] for key in fields(Split)}), entry.classes)
 
 
 @contextmanager

@@ -1,48 +1,58 @@
-"""ADE-layout folders: what is read, and what each mistake is called."""
+"""Folders in ADE20K's layout: what is paired, what classes they have, and what is said of what is in them."""
 
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from mmengine.registry import DefaultScope
-from mmseg.registry import DATASETS
 from PIL import Image
 
 from mae_transfer.errors import ConfigError, DataError, UserError
-from mae_transfer.segmentation.config import load_config
-from mae_transfer.segmentation.dataset import ADEFolder, ReplaySampler
-from mae_transfer.segmentation.folder import (
-    check_folder,
-    check_labels,
-    find_pairs,
-    read_classes,
-    read_mask,
-    reduce_labels,
-)
+from mae_transfer.segmentation.check import check_folder, check_split
+from mae_transfer.segmentation.settings import DatasetSettings, read_settings
+from mae_transfer.segmentation.source import Split, class_names, class_palette, splits_of
+
+from .conftest import CLASSES
 
 
-def check(root: Path, *, num_classes: int = 4, reduce_zero_label: bool = False) -> str:
-    return check_folder(root, split="training", num_classes=num_classes, reduce_zero_label=reduce_zero_label)
+def training(root: Path, **options: Any) -> Split:
+    return Split(**{"root": str(root), "split": "training", "reduce_zero_label": False, **options})
 
 
-def a_mask(root: Path) -> Path:
-    return root / "annotations/training/scene_1.png"
-
-
-def edit(path: Path, change) -> None:
-    Image.fromarray(change(np.array(Image.open(path)))).save(path)
+def check(root: Path, **options: Any) -> str:
+    return check_folder(training(root, **options), CLASSES)
 
 
 def test_a_good_folder(make_folder) -> None:
     assert check(make_folder()).startswith("training: 4 images, 4 of 4 classes occur, 0.0%")
     line = check(make_folder(zero=True, name="zero"), reduce_zero_label=True)
     assert line.startswith("training: 4 images, 4 of 4 classes occur, 0.0%")
+
+
+def test_pixels_are_counted_by_class(make_folder) -> None:
+    root = make_folder()
+    path = root / "annotations/training/scene_0.png"
+    labels = np.array(Image.open(path))
+    labels[:10] = 255
+    Image.fromarray(labels).save(path)
+    masks = [np.array(Image.open(path)) for path in sorted((root / "annotations/training").iterdir())]
+    report = check_split(training(root), CLASSES)
+    values = np.concatenate([mask.ravel() for mask in masks])
+    assert report.pixels.tolist() == [(values == label).sum() for label in (0, 1, 2, 3, 255)]
+    assert report.images.tolist() == [sum((mask == label).any() for mask in masks) for label in range(4)]
+    assert not report.problems
+    assert f"red        {(values == 1).mean():8.3%} in {report.images[1]} images" in report.table()
+
+
+def test_a_zero_label_that_may_be_a_class_is_said(make_folder) -> None:
+    assert "label 4 (blue) does not occur, and 0 is taken for unlabelled" in check(
+        make_folder(), reduce_zero_label=True
+    )
+    assert "taken for" not in check(make_folder(zero=True, name="zero"), reduce_zero_label=True)
 
 
 def test_flat_images_with_split_annotations(make_folder) -> None:
@@ -53,107 +63,44 @@ def test_flat_images_with_split_annotations(make_folder) -> None:
         path.rename(path.with_name(f"{path.parent.name}_{path.name}"))
     shutil.rmtree(root / "images/training")
     shutil.rmtree(root / "images/validation")
-    assert len(find_pairs(root, "training")) == 4
-    assert all(pair.image.stem == pair.mask.stem for pair in find_pairs(root, "validation"))
+    assert len(training(root).pairs()) == 4
+    assert [pair.name for pair in training(root, split="validation").pairs()] == [
+        f"validation_scene_{i}" for i in (0, 1)
+    ]
 
 
-def test_palette_masks_give_indices_and_jpeg_images_pair(make_folder) -> None:
+def test_only_some_masks_are_looked_at_before_training(make_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mae_transfer.segmentation.check.MAX_CHECKED_MASKS", 2)
     root = make_folder()
-    image = root / "images/training/scene_1.png"
-    Image.open(image).save(image.with_suffix(".JPG"), format="JPEG")
-    image.unlink()
-    labels = np.array(Image.open(a_mask(root)))
-    palette = Image.fromarray(labels, mode="P")
-    palette.putpalette([9, 9, 9] * 256)
-    palette.save(a_mask(root))
-    np.testing.assert_array_equal(read_mask(a_mask(root)), labels)
+    assert check(root).endswith("(pixels of 2 masks looked at)")
+    path = root / "annotations/training/scene_1.png"
+    Image.fromarray(np.full((64, 80), 9, np.uint8)).save(path)
     check(root)
-
-
-def test_exif_rotated_images_are_measured_as_displayed(make_folder) -> None:
-    root = make_folder(size=(48, 80))
-    path = root / "images/training/scene_1.png"
-    turned = Image.open(path).transpose(Image.Transpose.ROTATE_90)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate 90 clockwise to display"
-    path.unlink()
-    turned.save(path.with_suffix(".jpg"), exif=exif)
-    check(root)
-
-
-MISTAKES = {
-    "missing root": (lambda root: shutil.rmtree(root), "is not a folder"),
-    "missing annotations": (lambda root: shutil.rmtree(root / "annotations/training"), "no annotations/training"),
-    "missing images": (lambda root: shutil.rmtree(root / "images"), "neither images/training/ nor images/"),
-    "no images": (lambda root: [path.unlink() for path in (root / "images/training").iterdir()], "no images in"),
-    "no masks": (lambda root: [path.unlink() for path in (root / "annotations/training").iterdir()], "no masks in"),
-    "annotation without image": (
-        lambda root: (root / "images/training/scene_2.png").unlink(),
-        r"1 annotation \(scene_2\) in .* without an image",
-    ),
-    "image without annotation": (
-        lambda root: (root / "annotations/training/scene_2.png").unlink(),
-        r"1 image \(scene_2\) in .* without a mask",
-    ),
-    "label of no class": (
-        lambda root: edit(a_mask(root), lambda labels: np.where(labels == 3, 7, labels)),
-        "scene_1.png holds label 7, but the 4 classes are labelled 0 to 3",
-    ),
-    "another size": (
-        lambda root: edit(a_mask(root), lambda labels: labels[:-2]),
-        "scene_1.png is 80x62, its image 80x64",
-    ),
-    "colours": (lambda root: edit(a_mask(root), lambda labels: np.stack([labels] * 3, -1)), "holds colours"),
-    "black and white": (
-        lambda root: [
-            edit(path, lambda labels: np.where(labels > 0, 255, 0).astype(np.uint8))
-            for path in (root / "annotations/training").iterdir()
-        ],
-        "binary mask saved as black and white",
-    ),
-    "truncated mask": (
-        lambda root: a_mask(root).write_bytes(a_mask(root).read_bytes()[:60]),
-        "cannot be read",
-    ),
-    "no image file": (
-        lambda root: (root / "images/training/scene_1.png").write_text("hello"),
-        "cannot be read",
-    ),
-    "twice": (
-        lambda root: shutil.copy(root / "images/training/scene_1.png", root / "images/training/scene_1.jpg"),
-        "two files for scene_1",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(make_folder, name: str) -> None:
-    root = make_folder()
-    breakage, message = MISTAKES[name]
-    breakage(root)
-    with pytest.raises(DataError, match=message):
+    Image.fromarray(np.zeros((62, 80), np.uint8)).save(path)
+    with pytest.raises(UserError, match=r"scene_1.png: mask of another size than its image: it is 80x62"):
         check(root)
 
 
-def test_reducing_the_zero_label() -> None:
-    stored = np.array([[0, 1, 4, 255]], dtype=np.uint8)
-    np.testing.assert_array_equal(reduce_labels(stored), [[255, 0, 3, 255]])
-    check_labels(stored, "m.png", num_classes=4, reduce_zero_label=True)
-    with pytest.raises(DataError, match=r"train with dataset\.reduce_zero_label=True"):
-        check_labels(stored, "m.png", num_classes=4, reduce_zero_label=False)
+# Classes
 
 
-def test_classes_from_txt_json_and_masks(make_folder, tmp_path) -> None:
+def names(root: Path, classes: str | Path | None = None, **options: Any) -> tuple[str, ...]:
+    splits = [training(root, **{"split": split, **options}) for split in ("training", "validation")]
+    return class_names(splits, None if classes is None else str(classes))
+
+
+def test_classes_from_txt_json_and_masks(make_folder, tmp_path: Path) -> None:
     root = make_folder(zero=True)
-    splits = ("training", "validation")
-    names = ["ground", "red", "green", "blue"]
-    assert read_classes(root, None, splits=splits, reduce_zero_label=True) == names
+    assert names(root) == CLASSES
     listed = tmp_path / "names.json"
-    listed.write_text(json.dumps(names[::-1]))
-    assert read_classes(root, str(listed), splits=splits, reduce_zero_label=True) == names[::-1]
+    listed.write_text(json.dumps(CLASSES[::-1]))
+    assert names(root, listed) == CLASSES[::-1]
+    listed.write_text(json.dumps([{"label": 1, "name": "ground", "colour": [1, 2, 3]}, {"label": 2, "name": "red"}]))
+    assert names(root, listed) == ("ground", "red")
     (root / "classes.txt").unlink()
-    assert read_classes(root, None, splits=splits, reduce_zero_label=True) == [f"class {i}" for i in (1, 2, 3, 4)]
-    assert read_classes(root, None, splits=splits, reduce_zero_label=False) == [f"class {i}" for i in range(5)]
+    assert names(root, reduce_zero_label=True) == tuple(f"class {label}" for label in (1, 2, 3, 4))
+    assert names(root) == tuple(f"class {label}" for label in range(5))
+    assert names(root, masks="binary") == ("background", "foreground")
 
 
 @pytest.mark.parametrize(
@@ -161,88 +108,87 @@ def test_classes_from_txt_json_and_masks(make_folder, tmp_path) -> None:
     [
         ("a.json", "{", "is not JSON"),
         ("a.json", "{}", "holds no list of names"),
+        ("a.json", '["car", 3]', "holds no list of names"),
         ("a.txt", " \n", "names no class"),
         ("a.txt", "car\ncar\n", "names a class twice: car"),
+        ("a.txt", "\n".join(f"c{number}" for number in range(256)), "names 256 classes; masks have room for 255"),
+        ("a.txt", b"\xff\xfe\x00", "is no text in UTF-8"),
+        ("b.txt", None, "b.txt does not exist"),
     ],
 )
-def test_wrong_class_lists(make_folder, tmp_path, name: str, text: str, message: str) -> None:
+def test_wrong_class_lists(make_folder, tmp_path: Path, name: str, text: str | bytes | None, message: str) -> None:
     path = tmp_path / name
-    path.write_text(text)
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
-        read_classes(make_folder(), str(path), splits=("training",), reduce_zero_label=False)
+        names(make_folder(), path)
 
 
-# Draws
+def test_masks_without_a_class(make_folder) -> None:
+    root = make_folder(num_train=1, num_val=1)
+    (root / "classes.txt").unlink()
+    for path in (root / "annotations").glob("*/*.png"):
+        Image.fromarray(np.full((64, 80), 255, np.uint8)).save(path)
+    with pytest.raises(ConfigError, match=r"hold no label but 255; .* leaves no class"):
+        names(root)
 
 
-def augmented(root: Path) -> ADEFolder:
-    pipeline = [
-        {"type": "LoadImageFromFile"},
-        {"type": "LoadIndexMask"},
-        {"type": "RandomResize", "scale": (160, 64), "ratio_range": (0.5, 2.0), "keep_ratio": True},
-        {"type": "RandomCrop", "crop_size": (32, 32), "cat_max_ratio": 0.75},
-        {"type": "RandomFlip", "prob": 0.5},
-        {"type": "PhotoMetricDistortion"},
-    ]
-    with DefaultScope.overwrite_default_scope("mmseg"):
-        return ADEFolder(
-            root=str(root), split="training", classes=("a", "b", "c", "d"), reduce_zero_label=False, pipeline=pipeline
-        )
+def test_a_palette_for_every_class(make_folder, tmp_path: Path) -> None:
+    root = make_folder()
+    made = class_palette(training(root), CLASSES)
+    assert len(set(made)) == 4
+    table = tmp_path / "colours.txt"
+    table.write_text("1 2 3 ground\n4 5 6 red\n7 8 9 green\n10 11 12 blue\n0 0 0 void\n")
+    coloured = training(root, masks="colours", colours=str(table))
+    assert class_palette(coloured, CLASSES) == ((1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12))
 
 
-def test_a_draw_repeats_whatever_happened_before(make_folder) -> None:
-    dataset = augmented(make_folder())
-    draws = list(islice(ReplaySampler(dataset, seed=5), 12))
-    images = [dataset[draw]["img"] for draw in draws]
-    np.random.default_rng().random(7)
-    skipped = ReplaySampler(dataset, seed=5)
-    skipped.skip(8)
-    for draw, image in zip(islice(skipped, 4), images[8:], strict=True):
-        np.testing.assert_array_equal(dataset[pickle.loads(pickle.dumps(draw))]["img"], image)  # noqa: S301
+# What settings leave open
 
 
-def test_draws_do_not_depend_on_the_number_of_processes(make_folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = augmented(make_folder())
-    alone = [(int(draw), draw.seed) for draw in islice(ReplaySampler(dataset, seed=5), 12)]
-    shared = []
-    for rank in range(3):
-        monkeypatch.setattr("mae_transfer.segmentation.dataset.get_dist_info", lambda rank=rank: (rank, 3))
-        shared.append([(int(draw), draw.seed) for draw in islice(ReplaySampler(dataset, seed=5), 4)])
-    assert [shared[position % 3][position // 3] for position in range(12)] == alone
+@pytest.mark.parametrize(
+    ("given", "reduce", "masks"),
+    [
+        ({}, True, "auto"),
+        ({"reduce_zero_label": False}, False, "auto"),
+        ({"masks": "index"}, True, "index"),
+        ({"masks": "binary"}, False, "binary"),
+        ({"colours": "table.txt"}, False, "colours"),
+    ],
+)
+def test_what_is_derived(given: dict[str, Any], reduce: bool, masks: str) -> None:
+    train, val = splits_of(DatasetSettings(root="mine", **given))
+    assert (train.reduce_zero_label, train.masks, train.name, train.root) == (reduce, masks, None, "mine")
+    assert (train.split, val.split) == ("training", "validation")
 
 
-def test_every_epoch_holds_every_image_once_in_another_order(make_folder) -> None:
-    dataset = augmented(make_folder(num_train=8))
-    drawn = list(islice(ReplaySampler(dataset, seed=1), 24))
-    epochs = [drawn[start : start + 8] for start in (0, 8, 16)]
-    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert len({draw.seed for draw in drawn}) == 24
+def test_where_nothing_is_said_it_is_ade20k() -> None:
+    train, _ = splits_of(DatasetSettings())
+    assert (train.name, train.root, train.reduce_zero_label) == ("ade20k", "data/ade/ADEChallengeData2016", True)
+    own, _ = splits_of(DatasetSettings(classes="mine.txt"))  # enough to predict with, as a released model's names
+    with pytest.raises(DataError, match=r"dataset\.root is not given"):
+        own.scan()
 
 
-def test_augmentation_leaves_the_global_random_numbers_alone(make_folder) -> None:
-    dataset = augmented(make_folder())
-    before = np.random.get_state()[1].copy()  # noqa: NPY002
-    dataset[next(iter(ReplaySampler(dataset, seed=1)))]
-    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "cityscapes", "classes": "a.txt"}, "dataset.classes is given, but cityscapes brings its own"),
+        ({"name": "cityscapes", "reduce_zero_label": True}, "is not how cityscapes is evaluated"),
+        ({"name": "voc2012", "masks": "index"}, "how masks of voc2012 are stored is known"),
+        ({"reduce_zero_label": False}, r"not how ade20k is evaluated; give dataset\.root"),
+        ({"root": "x", "masks": "colours"}, "needs dataset.colours"),
+        ({"root": "x", "masks": "index", "colours": "a.txt"}, "has no meaning under dataset.masks=index"),
+        ({"root": "x", "masks": "binary", "reduce_zero_label": True}, "black is a class"),
+        ({"root": "x", "colours": "a.txt", "reduce_zero_label": True}, "leave the unlabelled colour out"),
+    ],
+)
+def test_settings_that_contradict_one_another(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        splits_of(DatasetSettings(**given))
 
 
-def test_a_share_of_the_training_images(make_folder, tmp_path) -> None:
-    config = tmp_path / "config.py"
-    config.write_text("dataset = {}\nencoder = {'size': 'tiny'}\n", encoding="utf-8")
-
-    def images(fraction: float, seed: int, which: str = "train") -> set[str]:
-        options = {"dataset.root": str(root), "dataset.fraction": fraction, "dataset.fraction_seed": seed}
-        derived = load_config(config, options, work_dir=str(tmp_path / "run"))
-        with DefaultScope.overwrite_default_scope("mmseg"):
-            dataset = DATASETS.build(derived[f"{which}_dataloader"].dataset)
-        return {entry["img_path"] for entry in dataset.load_data_list()}
-
-    root = make_folder(num_train=8)
-    assert len(images(1.0, 0)) == 8
-    assert len(images(0.25, 0)) == 2
-    assert images(0.25, 0) < images(0.5, 0)
-    assert len({frozenset(images(0.25, seed)) for seed in range(4)}) > 1
-    assert images(0.25, 0, "val") == images(1.0, 0, "val")
-    with pytest.raises(ConfigError, match=r"dataset\.fraction=0"):
-        images(0, 0)
+@pytest.mark.parametrize("key", ["name", "masks", "mask_size"])
+def test_words_that_mean_nothing(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"dataset\.{key} is 'cityscape'; expected one of"):
+        read_settings({"dataset": {key: "cityscape"}})
