@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def whole_maps(patch_size: int) -> int:
@@ -21,3 +22,12 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
     """
     count = max(length - crop + stride - 1, 0) // stride + 1
     return [max(min(index * stride, length - crop), 0) for index in range(count)]
+
+
+def window_counts(length: int, crop: int, starts: Sequence[int]) -> list[int]:
+    """In how many of the windows each of ``length`` pixels along one side lies.
+
+    >>> window_counts(5, 3, [0, 2])
+    [1, 1, 2, 1, 1]
+    """
+    return [sum(start <= pixel < start + crop for start in starts) for pixel in range(length)]

@@ -11,7 +11,7 @@ from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mae_transfer.segmentation.geometry import whole_maps, window_starts
+from mae_transfer.segmentation.geometry import whole_maps, window_counts, window_starts
 
 
 @MODELS.register_module()
@@ -60,14 +60,10 @@ class MAESegmentor(EncoderDecoder):
         crop, stride = tuple(self.test_cfg.crop_size), tuple(self.test_cfg.stride)
         num_images, _, height, width = inputs.shape
         padded = F.pad(inputs, (0, max(crop[1] - width, 0), 0, max(crop[0] - height, 0)))
-        windows = [
-            (image, top, left)
-            for top in window_starts(padded.shape[2], crop[0], stride[0])
-            for left in window_starts(padded.shape[3], crop[1], stride[1])
-            for image in range(num_images)
-        ]
+        tops = window_starts(padded.shape[2], crop[0], stride[0])
+        lefts = window_starts(padded.shape[3], crop[1], stride[1])
+        windows = [(image, top, left) for top in tops for left in lefts for image in range(num_images)]
         total = padded.new_zeros((num_images, self.out_channels, *padded.shape[2:]), dtype=torch.float32)
-        count = padded.new_zeros((num_images, 1, *padded.shape[2:]), dtype=torch.float32)
         size = self.test_cfg.get("window_batch", 1)
         for first in range(0, len(windows), size):
             batch = windows[first : first + size]
@@ -75,5 +71,11 @@ class MAESegmentor(EncoderDecoder):
             logits = self.encode_decode(crops, batch_img_metas)  # (windows, classes, crop)
             for (i, y, x), window in zip(batch, logits, strict=True):
                 total[i, :, y : y + crop[0], x : x + crop[1]] += window
-                count[i, :, y : y + crop[0], x : x + crop[1]] += 1
-        return (total / count)[:, :, :height, :width]
+        if len(tops) * len(lefts) > 1:
+            # How many windows a pixel lies in: those over its row times those over its column.
+            by_row, by_column = (
+                total.new_tensor(window_counts(length, side, starts))
+                for length, side, starts in zip(padded.shape[2:], crop, (tops, lefts), strict=True)
+            )
+            total /= by_row[:, None] * by_column
+        return total[:, :, :height, :width]

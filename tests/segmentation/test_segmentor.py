@@ -12,7 +12,7 @@ from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mae_transfer.segmentation.geometry import whole_maps, window_starts
+from mae_transfer.segmentation.geometry import whole_maps, window_counts, window_starts
 
 
 @pytest.fixture
@@ -106,6 +106,14 @@ def test_windows_cover_the_side_and_end_at_its_border() -> None:
     assert window_starts(512, 512, 341) == [0]
     assert window_starts(300, 512, 341) == [0]
     assert window_starts(2048, 512, 341) == [0, 341, 682, 1023, 1364, 1536]
+
+
+def test_pixels_lie_in_one_window_at_least() -> None:
+    assert window_counts(6, 4, window_starts(6, 4, 2)) == [1, 1, 2, 2, 1, 1]
+    for length in (64, 65, 100, 150, 200):
+        counts = window_counts(length, 64, window_starts(length, 64, 42))
+        assert min(counts) == 1
+        assert sum(counts) == 64 * len(window_starts(length, 64, 42))
 
 
 def test_sizes_that_give_whole_maps() -> None:
