@@ -97,7 +97,7 @@ class SegmentationRunner(Runner):
                 "epoch": self.epoch,
                 "iter": self.iter + 1,
                 **(meta or {}),
-                "cfg": self.cfg.pretty_text,
+                "cfg": self.message_hub.get_info("cfg"),  # as formatted once: it takes half a second
                 "seed": self.seed,
                 "experiment_name": self.experiment_name,
                 "time": time.strftime("%Y%m%d_%H%M%S"),
@@ -111,8 +111,8 @@ class SegmentationRunner(Runner):
             checkpoint["optimizer"] = whole(self.optim_wrapper.state_dict())
         if save_param_scheduler:
             checkpoint["param_schedulers"] = [scheduler.state_dict() for scheduler in self.param_schedulers or ()]
+        self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
         if is_main_process():
-            self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
             write_torch(Path(out_dir) / filename, checkpoint)
 
     def facts(self) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import signal
 import subprocess
@@ -14,17 +14,20 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, DefaultScope
+from mmseg.registry import MODELS
 from PIL import Image
 
 from mae_transfer.checkpoint import describe, write_safetensors
+from mae_transfer.engine.metrics import read_metrics
 from mae_transfer.errors import CheckpointError, ConfigError, RunFailed, UserError, run_tool
 from mae_transfer.predict import main as predict_main
-from mae_transfer.segmentation.config import load_config
+from mae_transfer.segmentation.config import load_config, read_options
 from mae_transfer.segmentation.runner import read_weights
 from mae_transfer.segmentation.test import main as run_test_tool
+from mae_transfer.segmentation.train import claim_folder, train
 from mae_transfer.segmentation.train import main as train_main
-from mae_transfer.segmentation.train import train
 from mae_transfer.vit import build_vit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,14 +60,14 @@ def arguments(folder: Path, work_dir: Path, *options: str, flags: tuple[str, ...
 
 
 def losses(work_dir: Path) -> dict[int, float]:
-    """Loss by iteration, of every start of a run in order."""
-    found = {}
-    for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            if "loss" in entry:
-                found[entry["step"]] = entry["loss"]
-    return found
+    """Loss by iteration."""
+    return {line["step"]: line["loss"] for line in read_metrics(work_dir / "metrics.json") if "loss" in line}
+
+
+def timeless(work_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.json without what a clock has put into them."""
+    lines = read_metrics(work_dir / "metrics.json")
+    return [{name: value for name, value in line.items() if not name.endswith("time")} for line in lines]
 
 
 @HOOKS.register_module()
@@ -114,7 +117,7 @@ def test_train_test_predict_from_a_pretrained_encoder(make_folder, tmp_path, cap
     assert train_main(arguments(folder, run, *options)) == 0
     assert "trained 4 iterations, best mIoU" in capsys.readouterr().out
     assert {path.name for path in (run / "predictions").iterdir()} == {"scene_0.png", "scene_1.png"}
-    assert Image.open(run / "predictions/scene_0.png").size[0] == 3 * 80 + 2 * 6
+    assert Image.open(run / "predictions/scene_0.png").size[0] >= 3 * 80 + 2 * 6
     log = next(run.glob("*/*.log")).read_text()
     assert "loaded" in log and "missing" in log and "relative_position_bias_table (12)" in log
     assert len(list(run.glob("tensorboard/events.out.tfevents.*"))) == 1
@@ -123,22 +126,29 @@ def test_train_test_predict_from_a_pretrained_encoder(make_folder, tmp_path, cap
 
     # Tested where the encoder file is gone, by the dumped config.
     source.unlink()
-    assert run_test_tool([str(run / "upernet_tiny.py"), str(run / "iter_4.pth")]) == 0
+    flags = ["--out", str(tmp_path / "labels"), "--show-dir", str(tmp_path / "overlays")]
+    assert run_test_tool([str(run / "upernet_tiny.py"), str(run / "iter_4.pth"), *flags]) == 0
     assert "mIoU" in capsys.readouterr().out
-    assert (run / "test/predictions/scene_0.png").is_file()
+    for where in ("labels", "overlays"):
+        assert {path.name for path in (tmp_path / where).iterdir()} == {"scene_0.png", "scene_1.png"}
+    assert np.asarray(Image.open(tmp_path / "labels/scene_0.png")).shape == (64, 80)
 
     images = [str(folder / "images/validation/scene_0.png"), str(folder / "images/training")]
     out = tmp_path / "out"
     assert predict_main([str(run), *images, "--out", str(out)]) == 0
-    labels = np.asarray(Image.open(out / "scene_3_labels.png"))
+    labels = np.asarray(Image.open(next(out.glob("*scene_3_labels.png"))))
     assert labels.shape == (64, 80)
     assert set(np.unique(labels)) <= {0, 1, 2, 3}
 
 
 def test_killed_at_any_moment_and_resumed_gives_the_same_losses(make_folder, tmp_path) -> None:
-    """kill -9 behind a checkpoint; the second start carries on and no draw, rate or weight differs."""
+    """kill -9 behind a checkpoint; the second start carries on and no draw, rate, average or weight differs, and the
+    metrics of both are one file that reads as if nothing had happened."""
     folder, whole, cut = make_folder(), tmp_path / "whole", tmp_path / "cut"
-    options = ("train.max_iters=8", "train.val_interval=8", "train.checkpoint_interval=3", "train.seed=7")
+    options = (
+        *("train.max_iters=8", "train.val_interval=4", "train.checkpoint_interval=3", "train.seed=7"),
+        *("train.accumulate=2", "head.norm=gn", "train.ema=0.9", "train.clip_grad=1.0", "head.loss=cross_entropy,dice"),
+    )
     assert train_main(arguments(folder, whole, *options)) == 0
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, str(ROOT / "tools/train_seg.py"), *arguments(folder, cut, *options)]
@@ -157,6 +167,10 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_losses(make_folder, tmp
     assert set(reference) == set(range(1, 9))
     for iteration in range(4, 9):
         assert resumed[iteration] == pytest.approx(reference[iteration], abs=1e-6), iteration
+    for ours, theirs in zip(timeless(cut), timeless(whole), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert [line["step"] for line in timeless(whole) if "mIoU" in line] == [4, 8]
+    assert {path.parent.name for path in cut.rglob("events.out.tfevents.*")} == {"tensorboard"}
     ours, theirs = read_weights(cut / "iter_8.pth"), read_weights(whole / "iter_8.pth")
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
@@ -171,22 +185,124 @@ class Terminate(Hook):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_saves_and_leaves_with_75(make_folder, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def stopped(make_folder, tmp_path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A folder of images, and a run on it that was sent SIGTERM in an iteration with a validation behind it."""
     from mae_transfer.segmentation import recipe
 
-    runtime = recipe.runtime
+    runtime, folder, run = recipe.runtime, make_folder(), tmp_path / "run"
 
     def with_terminate(*args, **kwargs):
         config = runtime(*args, **kwargs)
         return {**config, "custom_hooks": [*config["custom_hooks"], {"type": "Terminate"}]}
 
-    monkeypatch.setattr(recipe, "runtime", with_terminate)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as left:
-        train_main(arguments(make_folder(), tmp_path / "run", "train.max_iters=20"))
+    with monkeypatch.context() as patched:
+        patched.setattr(recipe, "runtime", with_terminate)
+        with pytest.raises(SystemExit) as left:
+            train_main(arguments(folder, run, *STOPPED))
     assert left.value.code == 75
-    assert (tmp_path / "run/iter_2.pth").is_file()
     assert signal.getsignal(signal.SIGTERM) == before
+    return folder, run
+
+
+STOPPED = ("train.max_iters=4", "train.val_interval=2", "train.warmup_iters=0")
+
+
+def test_sigterm_saves_and_the_next_start_makes_up_for_the_validation(stopped) -> None:
+    folder, run = stopped
+    assert (run / "iter_2.pth").is_file()
+    assert [line["step"] for line in timeless(run)] == [1, 2]
+    assert not list(run.glob("best_*"))
+    assert train_main(arguments(folder, run, *STOPPED, flags=("--resume",))) == 0
+    lines = timeless(run)
+    assert [(line["step"], "mIoU" in line) for line in lines] == [
+        *[(1, False), (2, False), (2, True)],
+        *[(3, False), (4, False), (4, True)],
+    ]
+    # Gone on with once more, a finished run does nothing twice.
+    assert train_main(arguments(folder, run, *STOPPED, flags=("--resume",))) == 0
+    assert timeless(run) == lines
+
+
+@pytest.mark.slow
+def test_what_a_run_may_be_gone_on_with(stopped) -> None:
+    folder, run = stopped
+    for changed in ("train.seed=5", "train.batch_size=4"):
+        with pytest.raises(ConfigError, match="would not see the same samples"):
+            train_main(arguments(folder, run, *STOPPED, changed, flags=("--resume",)))
+    with pytest.raises(ConfigError, match="has done 2 iterations"):
+        train_main(arguments(folder, run, *STOPPED, "train.max_iters=1", flags=("--resume",)))
+    with pytest.raises(CheckpointError, match="other parameter groups"):
+        train_main(arguments(folder, run, *STOPPED, "train.weight_decay_groups=parity", flags=("--resume",)))
+    # A longer run: the rate goes on from where it was and ends at 0 in the new last iteration, not before.
+    longer = (*STOPPED, "train.max_iters=6", "train.val_interval=6")
+    assert train_main(arguments(folder, run, *longer, flags=("--resume",))) == 0
+    rates = [line["base_lr"] for line in timeless(run) if "loss" in line]
+    assert rates[5] == pytest.approx(0, abs=1e-12)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates))
+    # The last checkpoint is cut off: the run goes on from the one before.
+    last = run / "iter_6.pth"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert train_main(arguments(folder, run, *longer, flags=("--resume",))) == 0
+    assert "falling back" in "".join(path.read_text() for path in run.glob("*/*.log"))
+    assert [line["step"] for line in timeless(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_accumulation_changes_neither_schedule_nor_losses(make_folder, tmp_path) -> None:
+    """The trap: iterations that count micro-batches end the schedule half-way, and train the second half at rate 0."""
+    folder, lines = make_folder(), {}
+    for rounds in (1, 2):
+        run = tmp_path / f"run_{rounds}"
+        options = (
+            *("train.max_iters=6", "train.val_interval=6", "train.precision=fp32", f"train.accumulate={rounds}"),
+            *("encoder.drop_path=0.0", "head.dropout=0.0", "head.norm=gn", "train.warmup_iters=2", "train.lr=1e-4"),
+        )
+        config = load_config(CONFIG, read_options(arguments(folder, run, *options)[4:]), work_dir=str(run))
+        config.val_dataloader = config.val_cfg = config.val_evaluator = None
+        config.default_hooks.checkpoint.save_best = None
+        train(config)
+        lines[rounds] = timeless(run)
+    assert [line["base_lr"] for line in lines[2]] == [line["base_lr"] for line in lines[1]]
+    assert all(line["base_lr"] > 0 for line in lines[2][:-1])
+    assert [line["loss"] for line in lines[2]] == pytest.approx([line["loss"] for line in lines[1]], rel=1e-3)
+    assert lines[2][0]["loss"] == pytest.approx(lines[1][0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("frozen", "blocks"), [(True, 0), (False, 3)])
+def test_what_is_frozen_stays_and_the_rest_learns(tiny_config, frozen: bool, blocks: int) -> None:
+    """One step of AdamW. Frozen altogether, the encoder also drops nothing and no gradient is kept for it."""
+    config = tiny_config(encoder={"frozen": frozen, "drop_path": 0.5}, train={"precision": "fp32"})
+    config.model.backbone.freeze_blocks = blocks
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        model = MODELS.build(config.model)
+        wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    model.train()
+    assert model.backbone.blocks[3].training is not frozen
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    maps = model.extract_feat(torch.randn(2, 3, 64, 64))
+    wrapper.update_params(model.decode_head(maps).square().mean() + model.auxiliary_head(maps).square().mean())
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    still = ("",) if frozen else ("cls_token", "pos_embed", "patch_embed.", "blocks.0.", "blocks.1.", "blocks.2.")
+    kept = {name for name in before if name.startswith(tuple(f"backbone.{part}" for part in still))}
+    assert kept and not kept & changed
+    assert "decode_head.conv_seg.weight" in changed
+    assert ("backbone.blocks.3.mlp.fc1.weight" in changed) is not frozen
+    assert torch.is_grad_enabled()
+    assert model.backbone(torch.randn(2, 3, 64, 64))[0].requires_grad is not frozen
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(make_folder, tmp_path) -> None:
+    folder, runs = make_folder(), []
+    for compiled in (True, False):
+        run = tmp_path / f"run_{compiled}"
+        options = ("train.max_iters=2", "train.val_interval=2", "train.precision=fp32", f"train.compile={compiled}")
+        assert train_main(arguments(folder, run, *options)) == 0
+        runs.append(run)
+    assert list(losses(runs[0]).values()) == pytest.approx(list(losses(runs[1]).values()), rel=1e-4)
+    ours, theirs = (read_weights(run / "iter_2.pth") for run in runs)
+    assert ours.keys() == theirs.keys(), "names are those of the plain model"
 
 
 def test_test_time_augmentation_scales_the_resized_image(make_folder, tmp_path, monkeypatch) -> None:
@@ -224,8 +340,7 @@ def test_overfitting_a_handful_of_scenes_is_nearly_perfect(make_folder, tmp_path
         "train.val_interval=150",
     )
     assert train_main(arguments(folder, run, *options)) == 0
-    scalars = next(run.glob("*/vis_data/scalars.json")).read_text().splitlines()
-    assert json.loads(scalars[-1])["mIoU"] > 95
+    assert timeless(run)[-1]["mIoU"] > 95
 
 
 # Mistakes
@@ -237,6 +352,33 @@ def test_a_used_folder_is_refused(make_folder, tmp_path) -> None:
     (run / "something").write_text("")
     with pytest.raises(ConfigError, match="--resume to continue that run"):
         train_main(arguments(make_folder(), run))
+
+
+def test_a_folder_that_a_run_writes_to_is_refused(make_folder, tmp_path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run / ".in-use")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None and holder.stdout.readline()
+    try:
+        with pytest.raises(ConfigError, match="is being written to by"):
+            train_main(arguments(make_folder(), run, flags=("--resume",)))
+    finally:
+        holder.communicate(b"\n")
+
+
+def test_a_run_that_was_refused_before_it_began_may_be_started_again(make_folder, tmp_path) -> None:
+    folder, run = make_folder(), tmp_path / "run"
+    encoder = build_vit("tiny", patch_size=8, image_size=32, depth=2)
+    source = tmp_path / "encoder.safetensors"
+    write_safetensors(source, encoder.state_dict(), {**describe(encoder).to_metadata(), "size": "tiny"})
+    with pytest.raises(UserError):
+        train_main(arguments(folder, run, f"init_checkpoint={source}"))
+    assert any(run.iterdir())
+    with claim_folder(run, resume=False):
+        pass
 
 
 def test_a_users_mistake_is_one_line_and_status_2(make_folder, tmp_path, capsys) -> None:
