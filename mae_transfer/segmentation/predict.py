@@ -109,14 +109,9 @@ class Predictor:
         Raises:
             DataError: no readable image.
         """
-        results: dict[str, Any] | None = {"img_path": str(path)}
-        try:
-            for step in self._load:
-                results = step(results) if results is not None else None
-        except (OSError, ValueError, AttributeError) as error:
-            raise DataError(f"cannot read image {path}: {error}") from error
-        if results is None or results.get("img") is None:
-            raise DataError(f"cannot read image {path}: expected JPEG, PNG, BMP, TIFF or WebP")
+        results: dict[str, Any] = {"img_path": str(path)}
+        for step in self._load:
+            results = step(results)
         return np.ascontiguousarray(results["img"][..., ::-1])
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmseg.registry import MODELS
+from mmseg.registry import DATASETS, MODELS
 
 from mae_transfer.checkpoint import describe, write_safetensors
 from mae_transfer.errors import ConfigError, DataError
@@ -39,14 +40,15 @@ def load(folder: Path, path: Path = TINY, **options) -> Config:
 @pytest.mark.parametrize("name", [name for name in shipped() if "_ms" not in name and "_scratch" not in name])
 def test_every_model_builds_and_runs_on_the_meta_device(name: str, make_folder) -> None:
     """Of configs with a model of their own."""
-    config = load(make_folder(), CONFIGS / name)
+    named = Config.fromfile(CONFIGS / name).dataset.get("name")
+    config = load_config(CONFIGS / name, work_dir="run") if named else load(make_folder(), CONFIGS / name)
     with DefaultScope.overwrite_default_scope("mmseg"), torch.device("meta"):
         model = MODELS.build(config.model)
     crop = config.model.backbone.image_size
     stride = 4 if config.model.neck else config.model.backbone.patch_size
     with torch.no_grad():
         logits = model._forward(torch.zeros(2, 3, *crop, device="meta"))
-    assert logits.shape == (2, 4, crop[0] // stride, crop[1] // stride)
+    assert logits.shape == (2, len(config.facts.classes), crop[0] // stride, crop[1] // stride)
 
 
 def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -181,6 +183,38 @@ def test_from_scratch_nothing_is_protected(make_folder) -> None:
         config = load(make_folder(size), CONFIGS / f"upernet_{size}_512_160k_scratch.py")
         assert config.optim_wrapper.paramwise_cfg.decay_rate == 1.0
         assert config.model.backbone.init_checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "num_classes"),
+    [
+        ("upernet_b_512_160k", "ade20k", 150),
+        ("upernet_b_cityscapes_512x1024_80k", "cityscapes", 19),
+        ("upernet_b_voc2012_512_40k", "pascal_voc12", 21),
+        ("upernet_b_voc2012_aug_512_40k", "pascal_voc12_aug", 21),
+        ("upernet_b_pascal_context_480_80k", "pascal_context", 60),
+        ("upernet_b_pascal_context_59_480_80k", "pascal_context_59", 59),
+        ("upernet_b_coco_stuff164k_512_160k", "coco-stuff164k", 171),
+        ("upernet_b_coco_stuff10k_512_40k", "coco-stuff10k", 171),
+    ],
+)
+def test_published_data_sets_have_mmsegmentations_sizes(name: str, theirs: str, num_classes: int) -> None:
+    """Crops, image sizes, labels and root against MMSegmentation's own data configs; nothing is read from disk."""
+    expected = Config.fromfile(MMSEG / f"_base_/datasets/{theirs}.py")
+    config = load_config(CONFIGS / f"{name}.py", work_dir="run")
+    ours, reference = config.test_dataloader.dataset, expected.test_dataloader.dataset
+    assert len(config.facts.classes) == num_classes == config.model.decode_head.num_classes
+    assert ours.root == reference.data_root.rstrip("/")
+    crop = next(step["crop_size"] for step in expected.train_pipeline if step["type"] == "RandomCrop")
+    assert tuple(config.model.data_preprocessor.size) == tuple(crop)
+    scale = next(step["scale"] for step in expected.test_pipeline if step["type"] == "Resize")
+    assert tuple(next(step["scale"] for step in ours.pipeline if step["type"] == "Resize")) == tuple(scale)
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        kind = DATASETS.get(reference["type"])
+    assert tuple(config.facts.classes) == tuple(kind.METAINFO["classes"])
+    assert [tuple(colour) for colour in config.facts.palette] == [tuple(c) for c in kind.METAINFO["palette"]]
+    own = inspect.signature(kind).parameters.get("reduce_zero_label")
+    assert ours.reduce_zero_label is reference.get("reduce_zero_label", own.default if own else False)
 
 
 def test_upernet_b_is_beits_recipe(make_folder) -> None:
