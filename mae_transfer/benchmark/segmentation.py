@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import warnings
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ PARTS = {
 }
 _CLASSES = 150
 _STEP_IMAGES = 2  # at least: batch normalisation of UPerHead's pooled branch needs two
-_AGREEMENT = 1e-3  # of logits, in fp32
+_AGREEMENT = 1e-3  # of two images' logits, which are of order 1, in fp32
 
 
 class _Pyramid(nn.Module):
@@ -52,8 +54,9 @@ class Setting(transfer.Setting):
     def imports(self) -> None:
         warnings.filterwarnings("ignore", module=r"mmcv|mmseg|torch")  # of theirs, at imports and in every step
         require("mmengine.logging", "segmentation").MMLogger.get_instance("benchmark", log_level="ERROR")
-        require("mmseg.models", "segmentation")
-        importlib.import_module("mae_transfer.segmentation.recipe")
+        with redirect_stdout(io.StringIO()):  # says which of its extras are not there
+            require("mmseg.models", "segmentation")
+            importlib.import_module("mae_transfer.segmentation.recipe")
 
     def backbone(self, *, peer: bool) -> nn.Module:
         model = self.segmentor(peer=peer)
@@ -62,7 +65,7 @@ class Setting(transfer.Setting):
     def segmentor(self, *, peer: bool) -> nn.Module:
         """UperNet: ours, or MMSegmentation's with the weights of ours."""
         torch.manual_seed(self.seed)
-        segmentor = _built(self._config())
+        segmentor = _built(self.config())
         for name, parameter in segmentor.named_parameters():
             if name.endswith("relative_position_bias_table"):  # zero to begin with
                 nn.init.normal_(parameter, std=0.02)
@@ -89,8 +92,8 @@ class Setting(transfer.Setting):
             samples.append(sample)
         return {"inputs": inputs, "data_samples": samples}
 
-    def _config(self) -> Any:
-        """Ours by the recipe."""
+    def config(self) -> Any:
+        """Ours by the recipe: its ``model`` and ``optim_wrapper``."""
         recipe = importlib.import_module("mae_transfer.segmentation.recipe")
         settings = importlib.import_module("mae_transfer.segmentation.settings")
         checkpoint = importlib.import_module("mae_transfer.checkpoint")
@@ -113,11 +116,11 @@ class Setting(transfer.Setting):
 
     def optimizer(self, model: nn.Module, *, peer: bool) -> Any:
         """MMEngine's wrapper of AdamW with layer decay: by our constructor, or by MMSegmentation's."""
-        wrapper = self._config()["optim_wrapper"]
+        wrapper = self.config()["optim_wrapper"]
         if peer:
             wrapper = {
-                **wrapper,
                 "type": "OptimWrapper",
+                "optimizer": {key: wrapper["optimizer"][key] for key in ("type", "lr", "betas", "weight_decay")},
                 "constructor": "LearningRateDecayOptimizerConstructor",
                 "paramwise_cfg": {
                     "num_layers": get_size(self.size).depth,
@@ -125,8 +128,6 @@ class Setting(transfer.Setting):
                     "decay_type": "layer_wise_vit",
                 },
             }
-            wrapper["optimizer"] = {key: wrapper["optimizer"][key] for key in ("type", "lr", "betas", "weight_decay")}
-            wrapper.pop("dtype", None)
         with _scope():
             return require("mmengine.optim", "segmentation").build_optim_wrapper(model, wrapper)
 
@@ -135,7 +136,7 @@ def mmseg_segmentor(ours: nn.Module, setting: Setting) -> nn.Module:
     """MMSegmentation's EncoderDecoder as in its config for MAE on ADE20K, with the weights of ``ours``."""
     numbers = get_size(setting.size)
     side = (setting.image_size, setting.image_size)
-    config = setting._config()["model"]
+    config = setting.config()["model"]
     test = {key: config["test_cfg"][key] for key in ("mode", "crop_size", "stride")}
     peer = _built(
         {

@@ -258,6 +258,7 @@ def schedule(settings: Settings, facts: Facts) -> dict[str, Any]:
                 "lr": train.lr,
                 "betas": (0.9, 0.999),
                 "weight_decay": train.weight_decay,
+                "fused": True,  # one pass over the parameters, a tenth of a small model's step on a CPU
             },
             "paramwise_cfg": {"decay_rate": decay, "weight_decay_groups": train.weight_decay_groups},
             "constructor": "MAELayerDecayConstructor",

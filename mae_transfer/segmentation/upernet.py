@@ -51,7 +51,7 @@ class MAEUPerHead(UPerHead):
         of_first, *of_others = fuse.conv.weight.split([x.shape[1] for x in maps], dim=1)
         out = F.conv2d(first, of_first, fuse.conv.bias, padding=1)
         for x, weight in zip(others, of_others, strict=True):
-            out = out + conv_of_enlarged(x, weight, first.shape[2:], align_corners=self.align_corners)
+            out += conv_of_enlarged(x, weight, first.shape[2:], align_corners=self.align_corners)
         if fuse.with_norm:
             out = fuse.norm(out)
         return fuse.activate(out) if fuse.with_activation else out
