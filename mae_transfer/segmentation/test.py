@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     config.launcher = arguments.launcher
     if arguments.out:
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)  # here: the metric's first process makes it too late
         config.test_evaluator.output_dir = arguments.out
     overlays = arguments.show_dir or f"{work_dir}/predictions"
     if arguments.show_dir:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
@@ -79,9 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines: list[str] = []
     with ExitStack() as held:
         if is_main():
-            held.enter_context(claim_folder(Path(work_dir), resume=arguments.resume))
+            refuse_used_folder(Path(work_dir), resume=arguments.resume)
             lines = [check_folder_of(config, split) for split in ("train", "val")]
             lines += describe_weights(config)
+            Path(work_dir).mkdir(parents=True, exist_ok=True)
+            held.enter_context(RunFolder(work_dir, key="--work-dir").in_use())
         runner = train(config, lines)
         info = runner.message_hub.runtime_info
         if is_main():
@@ -123,24 +125,19 @@ def check_folder_of(config: Config, which: str) -> str:
     return check_folder(Split(**{key.name: entry[key.name] for key in fields(Split)}), entry.classes)
 
 
-@contextmanager
-def claim_folder(folder: Path, *, resume: bool) -> Iterator[None]:
-    """Hold a work dir against other runs, and refuse to mix this run's files with another's.
+def refuse_used_folder(folder: Path, *, resume: bool) -> None:
+    """A run does not mix its files with another's.
 
     Raises:
         ConfigError: the folder holds something and the run does not continue what is there, or a run is writing to it.
     """
     if folder.is_file():
         raise ConfigError(f"--work-dir {folder} is a file; name a folder")
-    used = RunFolder(folder, key="--work-dir")
-    used.check_free()
+    RunFolder(folder, key="--work-dir").check_free()
     if not resume and folder.is_dir() and not _is_unborn(folder):
         raise ConfigError(
             f"--work-dir {folder} is not empty; give --resume to continue that run, or name another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with used.in_use():
-        yield
 
 
 def _is_unborn(folder: Path) -> bool:

@@ -26,8 +26,8 @@ from mae_transfer.predict import main as predict_main
 from mae_transfer.segmentation.config import load_config, read_options
 from mae_transfer.segmentation.runner import read_weights
 from mae_transfer.segmentation.test import main as run_test_tool
-from mae_transfer.segmentation.train import claim_folder, train
 from mae_transfer.segmentation.train import main as train_main
+from mae_transfer.segmentation.train import refuse_used_folder, train
 from mae_transfer.vit import build_vit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -377,8 +377,7 @@ def test_a_run_that_was_refused_before_it_began_may_be_started_again(make_folder
     with pytest.raises(UserError):
         train_main(arguments(folder, run, f"init_checkpoint={source}"))
     assert any(run.iterdir())
-    with claim_folder(run, resume=False):
-        pass
+    refuse_used_folder(run, resume=False)
 
 
 def test_a_users_mistake_is_one_line_and_status_2(make_folder, tmp_path, capsys) -> None:
