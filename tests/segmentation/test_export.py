@@ -41,9 +41,9 @@ def random_model(config: Any) -> Any:
 @pytest.mark.parametrize(
     "sections",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"encoder": {"relative_position": None, "pyramid": "simple"}}, marks=pytest.mark.slow),
-        pytest.param({"head": {"kind": "linear", "channels": None}}, marks=pytest.mark.slow),
+        {"head": {"kind": "linear", "channels": None}},
         pytest.param({"head": {"kind": "fcn"}}, marks=pytest.mark.slow),
     ],
     ids=["upernet", "simple pyramid", "linear", "fcn"],
