@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,18 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
+from PIL import Image
 from torch import Tensor, nn
 
 from mae_transfer.errors import ConfigError
 from mae_transfer.segmentation import recipe
+from mae_transfer.segmentation.config import load_config
 from mae_transfer.segmentation.losses import MAEDiceLoss, balanced_weights
 from mae_transfer.segmentation.recipe import Facts
 from mae_transfer.segmentation.settings import read_settings
+from mae_transfer.segmentation.train import describe_weights
 
+CONFIG = str(Path(__file__).resolve().parents[2] / "configs/segmentation/upernet_tiny.py")
 IGNORE = 255
 
 
@@ -119,6 +124,20 @@ def test_balanced_weights_are_enets() -> None:
     weights = balanced_weights([10**9, 1])
     assert weights[1] / weights[0] < 36, "bounded, however rare a class is"
     assert balanced_weights([0, 0]) == (1.0, 1.0)
+
+
+def test_balanced_weights_are_counted_in_the_training_masks(make_folder) -> None:
+    folder = make_folder(num_train=3)
+    options = {"dataset.root": str(folder), "dataset.reduce_zero_label": False, "head.class_weights": "balanced"}
+    masks = [np.asarray(Image.open(path)) for path in (folder / "annotations/training").iterdir()]
+    expected = balanced_weights(np.bincount(np.concatenate([mask.ravel() for mask in masks]), minlength=4))
+    config = load_config(CONFIG, options, work_dir="run")
+    for head in (config.model.decode_head, config.model.auxiliary_head):
+        assert head.loss_decode.class_weight == pytest.approx(expected)
+    (line,) = describe_weights(config)
+    assert f"blue {expected[3]:.3g}" in line
+    # What tests a run needs no weights, and reads no masks for them.
+    assert load_config(CONFIG, options, work_dir="run", for_training=False).facts.class_weights is None
 
 
 def test_hard_pixels_and_summed_losses_in_the_head() -> None:
