@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
 import platform
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -210,11 +207,10 @@ def _results(
 
 
 def _segmentation_drawing() -> tuple[list[tuple[int, int, int]], Callable[..., np.ndarray]]:
-    """The classes' colours and the overlay of the segmentation tools; their frameworks talk while being imported."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from mae_transfer.segmentation.colours import palette
-        from mae_transfer.segmentation.visualize import overlay
+    """The classes' colours and the overlay of the segmentation tools."""
+    from mae_transfer.segmentation.colours import palette  # the framework, when it is needed
+    from mae_transfer.segmentation.visualize import overlay
+
     return palette(len(CLASSES)), overlay
 
 

@@ -4,9 +4,18 @@ Importing this package registers ``MAEViT``, ``MAEPyramid``, ``MAESegmentor``, `
 training needs beside them, on registries that upstream MMSegmentation 1.2 and the onedl family share.
 """
 
+import contextlib
+import io
+import warnings
+
 from mae_transfer.errors import require
 
 require("mmseg", "segmentation")
+with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    # MMSegmentation says which optional packages are not there, none of which is used here.
+    warnings.simplefilter("ignore")
+    import mmseg.datasets
+    import mmseg.models  # noqa: F401
 
 # The imports below register on mmseg's registries, so they must follow the check.
 from mae_transfer.segmentation.backbone import MAEViT  # noqa: E402
