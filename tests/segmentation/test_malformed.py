@@ -90,7 +90,9 @@ def test_what_is_repaired_is_said_and_read(root: Path, how: str, capsys: pytest.
     splits = splits_of(DatasetSettings(root=str(root), **given))
     pipeline = [{"type": "LoadPicture"}, {"type": "LoadLabels"}]
     with DefaultScope.overwrite_default_scope("mmseg"):
-        samples = LabelledImages(**asdict(splits[0]), classes=class_names(splits, None), pipeline=pipeline)
+        samples = LabelledImages(
+            **asdict(splits[0]), classes=class_names(splits, None), pipeline=pipeline, serialize_data=False
+        )
     for index in range(2):
         sample = samples[index]
         assert sample["img"].shape == (*sample["gt_seg_map"].shape, 3)

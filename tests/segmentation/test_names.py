@@ -120,7 +120,12 @@ def ours(root: Path, name: str, which: int = 0) -> LabelledImages:
     splits = splits_of(DatasetSettings(name=name, root=str(root)))
     pipeline = [{"type": "LoadPicture"}, {"type": "LoadLabels"}]
     with DefaultScope.overwrite_default_scope("mmseg"):
-        return LabelledImages(**asdict(splits[which]), classes=class_names(splits, None), pipeline=pipeline)
+        return LabelledImages(
+            **asdict(splits[which]),
+            classes=class_names(splits, None),
+            pipeline=pipeline,
+            serialize_data=False,  # which would collect garbage for half a second
+        )
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -134,7 +139,9 @@ def test_files_classes_and_labels_are_mmsegs(name: str, tmp_path: Path) -> None:
         pass  # its own default of reduce_zero_label
     elif published.reduce_zero_label:
         more["reduce_zero_label"] = True  # as its configs
-    theirs = kind(data_root=str(tmp_path), data_prefix={"img_path": images, "seg_map_path": masks}, **more)
+    theirs = kind(
+        data_root=str(tmp_path), data_prefix={"img_path": images, "seg_map_path": masks}, serialize_data=False, **more
+    )
     mine = ours(tmp_path, name)
     assert len(mine) == len(theirs) == 2
     for key in ("classes", "palette"):
