@@ -128,7 +128,7 @@ class Setting(transfer.Setting):
                     "decay_type": "layer_wise_vit",
                 },
             }
-        with _scope():
+        with _scope(), redirect_stdout(io.StringIO()):  # their constructor prints every parameter
             return require("mmengine.optim", "segmentation").build_optim_wrapper(model, wrapper)
 
 
