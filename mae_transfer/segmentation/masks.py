@@ -142,7 +142,7 @@ class MaskReader:
 
     def _by_number(self, image: Image.Image, path: str) -> Looked:
         if len(image.getbands()) > 1:
-            gray = len(set(map(bytes, (band.tobytes() for band in image.convert("RGB").split())))) == 1
+            gray = len({band.tobytes() for band in image.convert("RGB").split()}) == 1
             hint = "its channels are equal: save one of them" if gray else _COLOUR_HINT
             return _cannot_be_labels(
                 path, "mask that holds colours", f"{len(image.getbands())} channels; expected a number a pixel: {hint}"
@@ -243,10 +243,8 @@ def _look_up(classes: Mapping[int, int]) -> tuple[np.ndarray, np.ndarray]:
 def _palette(image: Image.Image, stored: np.ndarray) -> dict[int, Colour]:
     if image.mode != "P":
         return {}
-    channels = (image.getpalette("RGB") or []) + [0] * 768
-    return {
-        int(n): (channels[3 * n], channels[3 * n + 1], channels[3 * n + 2]) for n in map(int, np.flatnonzero(stored))
-    }
+    channels = [*(image.getpalette("RGB") or []), *[0] * 768]
+    return {n: (channels[3 * n], channels[3 * n + 1], channels[3 * n + 2]) for n in map(int, np.flatnonzero(stored))}
 
 
 def _codes(pixels: np.ndarray) -> np.ndarray:
