@@ -17,6 +17,9 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     import mmseg.datasets
     import mmseg.models  # noqa: F401
 
+# The losses are averaged as published, and the config says so; MMSegmentation warns of it in every run all the same.
+warnings.filterwarnings("ignore", message=r"Default ``avg_non_ignore`` is False")
+
 # The imports below register on mmseg's registries, so they must follow the check.
 from mae_transfer.segmentation.backbone import MAEViT  # noqa: E402
 from mae_transfer.segmentation.dataset import LabelledImages, LoadLabels, LoadPicture, ReplaySampler  # noqa: E402

@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("config", help="the config it was trained with: the .py in its work dir, or a shipped one")
     parser.add_argument("checkpoint", help="a .pth that train_seg wrote")
     parser.add_argument("--work-dir", help="where logs and predictions/ go; CHECKPOINT's folder + /test by default")
-    parser.add_argument("--out", metavar="DIR", help="write every prediction as an index PNG, in the masks' own labels")
+    parser.add_argument("--out", metavar="DIR", help="write predictions as index PNGs, numbered as index masks are")
     parser.add_argument("--show-dir", metavar="DIR", help="write an overlay of every image, there")
     parser.add_argument("--tta", action="store_true", help="average over test.scales and flips (test.tta)")
     add_common_flags(parser)
