@@ -297,7 +297,14 @@ def test_compiled_blocks_train_alike(make_folder, tmp_path) -> None:
     folder, runs = make_folder(), []
     for compiled in (True, False):
         run = tmp_path / f"run_{compiled}"
-        options = ("train.max_iters=2", "train.val_interval=2", "train.precision=fp32", f"train.compile={compiled}")
+        # Without drop path: compiled code draws its random numbers in its own way.
+        options = (
+            "train.max_iters=2",
+            "train.val_interval=2",
+            "train.precision=fp32",
+            f"train.compile={compiled}",
+            "encoder.drop_path=0.0",
+        )
         assert train_main(arguments(folder, run, *options)) == 0
         runs.append(run)
     assert list(losses(runs[0]).values()) == pytest.approx(list(losses(runs[1]).values()), rel=1e-4)
