@@ -14,19 +14,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
-from mae_transfer.checkpoint import EncoderInfo, read_checkpoint
 from mae_transfer.engine.files import write_text
 from mae_transfer.engine.signals import StopRequest
 from mae_transfer.errors import ConfigError, RunFailed
 
 logger = logging.getLogger(__name__)
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 Curve = list[tuple[int, float]]
 
 
@@ -76,39 +74,6 @@ class Task(Protocol):
         """Metric -> (step, value) so far."""
 
     def is_finished(self, run: Run) -> bool: ...
-
-
-def refuse_overrides(overrides: Sequence[str], ours: Sequence[str]) -> None:
-    """Raises ConfigError for an override "key=value" of a key that the comparison sets itself."""
-    for override in overrides:
-        if override.partition("=")[0] in ours:
-            raise ConfigError(f"{override}: the comparison sets {override.partition('=')[0]} itself")
-
-
-def first_encoder(inits: Sequence[Init]) -> EncoderInfo | None:
-    """What the first start that has a checkpoint says of its encoder and of the images it was trained on."""
-    first = next((init.checkpoint for init in inits if init.checkpoint is not None), None)
-    return None if first is None else read_checkpoint(first).info
-
-
-def read_curves(path: Path, metrics: Iterable[str], *, step: str) -> dict[str, Curve]:
-    """Metric -> (step, value) from a file of one object a line, which is not there before the run has begun.
-
-    Args:
-        step: the key of the number of iterations that a line is of.
-    """
-    found: dict[str, dict[int, float]] = {metric: {} for metric in metrics}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        values = json.loads(line)
-        for metric, points in found.items():
-            if metric in values:
-                points[values[step]] = values[metric]
-    return {metric: sorted(points.items()) for metric, points in found.items()}
-
-
-def list_option(values: Iterable[float]) -> str:
-    """Numbers as command lines take them: "[0.5,1.0]"."""
-    return f"[{','.join(repr(float(value)) for value in values)}]"
 
 
 def percent(fraction: float) -> str:
