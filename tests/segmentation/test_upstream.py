@@ -38,6 +38,7 @@ UPSTREAM = {
     "mmengine.utils": "apply_to",
     "mmseg.datasets": "ADE20KDataset BaseSegDataset COCOStuffDataset CityscapesDataset "
     "PascalContextDataset PascalContextDataset59 PascalVOCDataset",
+    "mmseg.models": "",
     "mmseg.models.backbones": "MAE",
     "mmseg.models.decode_heads": "FCNHead UPerHead",
     "mmseg.models.decode_heads.decode_head": "BaseDecodeHead",
