@@ -54,9 +54,7 @@ class Setting(transfer.Setting):
     def imports(self) -> None:
         warnings.filterwarnings("ignore", module=r"mmcv|mmseg|torch")  # of theirs, at imports and in every step
         require("mmengine.logging", "segmentation").MMLogger.get_instance("benchmark", log_level="ERROR")
-        with redirect_stdout(io.StringIO()):  # says which of its extras are not there
-            require("mmseg.models", "segmentation")
-            importlib.import_module("mae_transfer.segmentation.recipe")
+        importlib.import_module("mae_transfer.segmentation.recipe")
 
     def backbone(self, *, peer: bool) -> nn.Module:
         model = self.segmentor(peer=peer)
@@ -134,6 +132,8 @@ class Setting(transfer.Setting):
 
 def mmseg_segmentor(ours: nn.Module, setting: Setting) -> nn.Module:
     """MMSegmentation's EncoderDecoder as in its config for MAE on ADE20K, with the weights of ``ours``."""
+    from mae_transfer.segmentation.release import our_name  # the framework, when it is needed
+
     numbers = get_size(setting.size)
     side = (setting.image_size, setting.image_size)
     config = setting.config()["model"]
@@ -161,32 +161,13 @@ def mmseg_segmentor(ours: nn.Module, setting: Setting) -> nn.Module:
             }
         }
     )
-    report = peer.load_state_dict({_their_name(key): value for key, value in ours.state_dict().items()}, strict=False)
-    missing = [key for key in report.missing_keys if not key.endswith("relative_position_index")]
-    if missing or report.unexpected_keys:
-        raise RunFailed(f"weights of ours do not fit MMSegmentation's model: {missing + report.unexpected_keys}")
+    own = ours.state_dict()
+    # Beside every table MMSegmentation keeps an index, which follows from the sizes.
+    renamed = {name: our_name(name) for name in peer.state_dict() if not name.endswith("relative_position_index")}
+    if differing := sorted(set(renamed.values()) ^ set(own)):
+        raise RunFailed(f"weights of ours do not fit MMSegmentation's model: {differing}")
+    peer.load_state_dict({name: own[our] for name, our in renamed.items()}, strict=False)
     return peer
-
-
-def _their_name(key: str) -> str:
-    """A parameter of our segmentor in MMSegmentation's names."""
-    for ours, theirs in _NAMES.items():
-        key = key.replace(ours, theirs)
-    return key
-
-
-_NAMES = {
-    "backbone.patch_embed.proj": "backbone.patch_embed.projection",
-    "backbone.blocks.": "backbone.layers.",
-    ".norm1.": ".ln1.",
-    ".norm2.": ".ln2.",
-    ".mlp.fc1.": ".ffn.layers.0.0.",
-    ".mlp.fc2.": ".ffn.layers.1.",
-    ".ls1.gamma": ".gamma_1",
-    ".ls2.gamma": ".gamma_2",
-    "neck.levels.0.": "neck.upsample_4x.",
-    "neck.levels.1.": "neck.upsample_2x.",
-}
 
 
 class Encoder(ForwardBackward):

@@ -16,6 +16,7 @@ class SegmentationTask(TransferTask):
     metrics: ClassVar[Mapping[str, str]] = {"mIoU": "mIoU"}
     ours = ("train.seed", "init_checkpoint", "dataset.fraction", "dataset.fraction_seed")
     step_key = "step"
+    _max_iters: int | None = None
 
     def facts(self, info: EncoderInfo) -> dict[str, Any]:
         return {
@@ -42,7 +43,11 @@ class SegmentationTask(TransferTask):
 
     def is_finished(self, run: Run) -> bool:
         curve = self.curves(run)["mIoU"]
-        return bool(curve) and curve[-1][0] >= self._config(run).settings.train.max_iters
+        if not curve:
+            return False
+        if self._max_iters is None:  # the same for all runs; asked for often
+            self._max_iters = self._config(run).settings.train.max_iters
+        return curve[-1][0] >= self._max_iters
 
     def _config(self, run: Run) -> Any:
         from mae_transfer.segmentation.config import load_config, read_options

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 pytest.importorskip("mmseg", reason="MMSegmentation is not installed")
 
@@ -46,6 +48,34 @@ def draw_scene(seed: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
         labels[top : top + height // 24 * 8, left : left + width // 24 * 8] = label
     image = COLOURS[labels] + rng.normal(0, 8, size=(height, width, 3))
     return image.clip(0, 255).astype(np.uint8), labels
+
+
+def their_name(name: str) -> str:
+    """A parameter of ours in MMSegmentation's names (written from its module tree)."""
+    for ours, theirs in {
+        "backbone.patch_embed.proj.": "backbone.patch_embed.projection.",
+        "backbone.blocks.": "backbone.layers.",
+        ".norm1.": ".ln1.",
+        ".norm2.": ".ln2.",
+        ".mlp.fc1.": ".ffn.layers.0.0.",
+        ".mlp.fc2.": ".ffn.layers.1.",
+        ".ls1.gamma": ".gamma_1",
+        ".ls2.gamma": ".gamma_2",
+        "neck.levels.0.": "neck.upsample_4x.",
+        "neck.levels.1.": "neck.upsample_2x.",
+    }.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def stir(model: nn.Module) -> None:
+    """Change every weight and every batch statistic at random: all of them matter then."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(0.3 * torch.rand_like(buffer))
 
 
 def write_folder(

@@ -15,26 +15,12 @@ from mae_transfer.checkpoint import describe, write_safetensors
 from mae_transfer.errors import CheckpointError
 from mae_transfer.segmentation import MAEViT
 from mae_transfer.vit import build_vit
+from tests.segmentation.conftest import their_name
 
 
 def mmseg_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our encoder's state dict in the names of MMSegmentation's MAE (written from its module tree)."""
-    names = {
-        "patch_embed.proj": "patch_embed.projection",
-        "blocks.": "layers.",
-        ".norm1.": ".ln1.",
-        ".norm2.": ".ln2.",
-        ".mlp.fc1.": ".ffn.layers.0.0.",
-        ".mlp.fc2.": ".ffn.layers.1.",
-        ".ls1.gamma": ".gamma_1",
-        ".ls2.gamma": ".gamma_2",
-    }
-    out = {}
-    for name, tensor in state.items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        out[name] = tensor
-    return out
+    """Our encoder's state dict in the names of MMSegmentation's MAE."""
+    return {their_name(f"backbone.{name}").removeprefix("backbone."): tensor for name, tensor in state.items()}
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:

@@ -18,7 +18,7 @@ from mae_transfer.errors import ConfigError, run_tool
 from mae_transfer.export import kind_of, main
 from mae_transfer.segmentation.export import export, load_model
 from mae_transfer.vit import build_vit
-from tests.segmentation.conftest import CLASSES
+from tests.segmentation.conftest import CLASSES, stir
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "segmentation"
 
@@ -29,12 +29,7 @@ def random_model(config: Any) -> Any:
     config.model.backbone.update(depth=2, taps=[0, 0, 1, 1][-len(config.model.backbone.taps) :])
     with DefaultScope.overwrite_default_scope("mmseg"):
         model = MODELS.build(config.model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.add_(0.3 * torch.rand_like(buffer))
+    stir(model)
     return model.eval()
 
 

@@ -18,6 +18,7 @@ from mae_transfer.segmentation.predict import build_model
 from mae_transfer.segmentation.recipe import Facts
 from mae_transfer.segmentation.release import in_our_names
 from mae_transfer.segmentation.settings import read_settings
+from tests.segmentation.conftest import stir
 
 RECIPE = Path(mmseg.__file__).parent / ".mim/configs/mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py"
 
@@ -36,12 +37,7 @@ def theirs() -> torch.nn.Module:
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope("mmseg"):
         model = MODELS.build(config.model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.add_(0.3 * torch.rand_like(buffer))
+    stir(model)
     model.train(False)  # their backbone's eval() returns None
     return model
 

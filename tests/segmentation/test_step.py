@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mae_transfer.segmentation.config import derive
 from mae_transfer.segmentation.recipe import Facts
 from mae_transfer.segmentation.settings import read_settings
-from tests.segmentation.conftest import draw_scene
+from tests.segmentation.conftest import draw_scene, their_name
 
 SIDE, CHANNELS, NUM_CLASSES, LR = 64, 32, 4, 1e-3
 DECAY, RATE = 0.05, 0.65  # of the recipe
@@ -91,24 +91,6 @@ def published() -> ConfigDict:
     model.test_cfg.update(crop_size=(SIDE, SIDE), stride=(42, 42))
     config.optim_wrapper.optimizer.lr = LR
     return config
-
-
-def their_name(name: str) -> str:
-    """A parameter of ours in MMSegmentation's names (written from its module tree)."""
-    for ours, theirs in {
-        "backbone.patch_embed.proj.": "backbone.patch_embed.projection.",
-        "backbone.blocks.": "backbone.layers.",
-        ".norm1.": ".ln1.",
-        ".norm2.": ".ln2.",
-        ".mlp.fc1.": ".ffn.layers.0.0.",
-        ".mlp.fc2.": ".ffn.layers.1.",
-        ".ls1.gamma": ".gamma_1",
-        ".ls2.gamma": ".gamma_2",
-        "neck.levels.0.": "neck.upsample_4x.",
-        "neck.levels.1.": "neck.upsample_2x.",
-    }.items():
-        name = name.replace(ours, theirs)
-    return name
 
 
 def their_segmentor(published: ConfigDict, ours: nn.Module) -> nn.Module:
