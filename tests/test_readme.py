@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.readme import blocks, check_links, commands
+
 pytest.importorskip("detectron2", reason="README's chain trains Mask R-CNN")
 pytest.importorskip("mmseg", reason="README's chain trains UperNet")
 pytest.importorskip("skimage", reason="README's chain composes scenes from the photographs of scikit-image")
@@ -27,15 +29,6 @@ SMALLER = {
 BY_CI = ("make demo", "make test", "source .venv/bin/activate", "pip install -e '.[detection,segmentation]'")
 
 
-def blocks(language: str) -> list[str]:
-    """The contents of README's fenced code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like the checkout from inside, so that what the commands write lands elsewhere."""
@@ -46,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_is_executed_and_leaves_what_readme_says(folder: Path) -> None:
-    for command in commands():
+    for command in commands(ROOT / "README.md"):
         if command in BY_CI:
             continue
         python, tool, *rest = shlex.split(command)
@@ -57,7 +50,7 @@ def test_every_command_is_executed_and_leaves_what_readme_says(folder: Path) -> 
     for path in ("runs/reconstruction.png", "runs/encoder-for-detectron2.pth", "runs/detection/evaluation.json"):
         assert (folder / path).is_file(), path
     assert len(list((folder / "runs" / "predictions").rglob("*.png"))) >= 4
-    for code in blocks("python"):  # they read what the commands wrote
+    for code in blocks(ROOT / "README.md", "python"):  # they read what the commands wrote
         result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{code}\n{result.stderr}"
 
@@ -75,6 +68,4 @@ def test_ci_executes_the_make_targets_and_the_extras_exist() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+    check_links(ROOT / page)

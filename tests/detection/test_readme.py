@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 from tests.detection.conftest import Scenes
 from tests.pictures import write_pictures
+from tests.readme import blocks, check_links, commands, run
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "configs" / "detection" / "README.md"
@@ -28,11 +27,6 @@ SMALLER = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    """The contents of README's fenced code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
 @pytest.mark.slow
 def test_every_command_is_executed(tmp_path: Path) -> None:
     for name in ("tools", "configs"):
@@ -45,11 +39,10 @@ def test_every_command_is_executed(tmp_path: Path) -> None:
         scenes = Scenes(tmp_path / part, num_images=4, side=128)
         shutil.move(scenes.images, nuclei / part)
         shutil.move(scenes.json, nuclei / "annotations" / f"instances_{part}.json")
-    tiles, *others = sorted(blocks("python"), key=lambda code: "tiles" not in code)
+    tiles, *others = sorted(blocks(README, "python"), key=lambda code: "tiles" not in code)
     run([sys.executable, "-c", tiles], tmp_path)
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-    assert len(commands) >= 4
-    for command in commands:
+    assert len(commands(README)) >= 4
+    for command in commands(README):
         python, tool, *rest = shlex.split(command)
         assert python == "python", command
         run([sys.executable, tool, *rest, *SMALLER[tool]], tmp_path)
@@ -61,12 +54,5 @@ def test_every_command_is_executed(tmp_path: Path) -> None:
         run([sys.executable, "-c", code], tmp_path)
 
 
-def run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-
-
 def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (README.parent / target).exists(), target
+    check_links(README)

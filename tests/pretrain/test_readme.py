@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from tests.pictures import write_pictures
 from tests.pretrain.small import ARGUMENTS
+from tests.readme import check_links, commands, run
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "pretrain" / "README.md"
@@ -24,17 +23,12 @@ SMALLER = {
 }
 
 
-def commands() -> list[str]:
-    fenced = re.findall(r"^```bash\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    return [line for block in fenced for line in block.splitlines() if line.strip()]
-
-
 def test_every_command_is_executed(tmp_path: Path) -> None:
     for name in ("tools", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     write_pictures(tmp_path / "datasets" / "unlabelled", 12)
-    assert len(commands()) >= 5
-    for command in commands():
+    assert len(commands(README)) >= 5
+    for command in commands(README):
         program, *rest = shlex.split(command)
         if program == "torchrun":
             line = [sys.executable, "-m", "torch.distributed.run", *rest]
@@ -44,14 +38,11 @@ def test_every_command_is_executed(tmp_path: Path) -> None:
         smaller = SMALLER["tools/pretrain.py"] if "tools/pretrain.py" in rest else SMALLER[rest[1]]
         if "--plan" in rest:  # asks formulae: small already
             smaller = ""
-        result = subprocess.run([*line, *smaller.split()], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
-    for run in ("mine", "two"):
-        assert (tmp_path / "runs" / run / "encoder.safetensors").is_file()
+        run([*line, *smaller.split()], tmp_path)
+    for name in ("mine", "two"):
+        assert (tmp_path / "runs" / name / "encoder.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "configs" / "pretrain" / "README.md"])
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    check_links(page)

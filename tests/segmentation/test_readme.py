@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from mae_transfer.checkpoint import describe, write_safetensors
 from mae_transfer.vit import build_vit
 from tests.pictures import write_pictures
+from tests.readme import blocks, check_links, commands, run
 from tests.segmentation.conftest import write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,11 +36,6 @@ SMALLER = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    """The contents of README's fenced code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
 @pytest.mark.slow
 def test_every_command_is_executed(tmp_path: Path) -> None:
     for name in ("tools", "configs"):
@@ -52,11 +47,10 @@ def test_every_command_is_executed(tmp_path: Path) -> None:
     write_pictures(tmp_path / "photographs", 2)
     encoder = build_vit("tiny", patch_size=8, image_size=32)
     write_safetensors(tmp_path / "encoder.safetensors", encoder.state_dict(), describe(encoder).to_metadata())
-    tiles, *others = sorted(blocks("python"), key=lambda code: "tiles" not in code)
+    tiles, *others = sorted(blocks(README, "python"), key=lambda code: "tiles" not in code)
     run([sys.executable, "-c", tiles], tmp_path)
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-    assert len(commands) >= 5
-    for command in commands:
+    assert len(commands(README)) >= 5
+    for command in commands(README):
         python, tool, *rest = shlex.split(command.replace("iter_600", "iter_2"))
         assert python == "python", command
         run([sys.executable, tool, *rest, *SMALLER.get(tool, ())], tmp_path)
@@ -67,15 +61,8 @@ def test_every_command_is_executed(tmp_path: Path) -> None:
             run([sys.executable, "-c", code], tmp_path)
 
 
-def run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-
-
 def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (README.parent / target).exists(), target
+    check_links(README)
 
 
 def test_every_config_is_in_the_table() -> None:
