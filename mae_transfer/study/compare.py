@@ -7,23 +7,16 @@ Each is a process of its own with a folder of its own; what is finished is not r
 from __future__ import annotations
 
 import json
-import logging
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from mae_transfer.engine.files import write_text
-from mae_transfer.engine.signals import StopRequest
-from mae_transfer.errors import ConfigError, RunFailed
-
-logger = logging.getLogger(__name__)
+from mae_transfer.errors import ConfigError
+from mae_transfer.study.jobs import Job, minutes, run_jobs, seconds_of
 
 Curve = list[tuple[int, float]]
 
@@ -48,15 +41,6 @@ class Run:
     @property
     def title(self) -> str:
         return f"{percent(self.fraction)} of the labels, {self.init.name}, seed {self.seed}"
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(self.folder.name + ".log")
-
-    @property
-    def record(self) -> Path:
-        """Where the seconds that the run took are kept, those before an interruption included."""
-        return self.folder.with_name(self.folder.name + ".seconds")
 
 
 class Task(Protocol):
@@ -128,87 +112,17 @@ def claim(out: Path, definition: Mapping[str, Any]) -> None:
 
 
 def run_all(task: Task, runs: Sequence[Run], *, jobs: int, threads: int) -> str | None:
-    """Run what is not finished, ``jobs`` at a time with ``threads`` threads each.
-
-    Returns:
-        None, or the name of the signal that stopped it; the runs then have saved and stopped too.
-
-    Raises:
-        RunFailed: a run failed; the others that were running have finished.
-    """
-    waiting = [run for run in runs if not task.is_finished(run)]
-    if len(waiting) < len(runs):
-        logger.info("%d of %d runs are finished already", len(runs) - len(waiting), len(runs))
-    going: list[_Process] = []
-    failed: Run | None = None
-    with StopRequest() as stop:
-        try:
-            while going or (waiting and failed is None and stop.received is None):
-                while waiting and len(going) < jobs and failed is None and stop.received is None:
-                    going.append(_Process(task, waiting.pop(0), threads))
-                    logger.info("%s: %s", going[-1].run.title, going[-1].run.log)
-                time.sleep(0.2)
-                if stop.received is not None:
-                    for process in going:
-                        process.stop()
-                for process in [process for process in going if process.ended]:
-                    going.remove(process)
-                    if process.close() == 0 and task.is_finished(process.run):
-                        logger.info("%s: done in %s", process.run.title, minutes(seconds_of(process.run)))
-                    elif stop.received is None:
-                        failed = process.run
-        finally:
-            for process in going:  # something unforeseen: leave nothing behind
-                process.stop()
-                process.close()
-    if failed is not None:
-        tail = "\n".join(failed.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        raise RunFailed(f"{failed.title}: the training failed. The end of {failed.log}:\n{tail}")
-    return stop.received
-
-
-class _Process:
-    """A training that is going on."""
-
-    def __init__(self, task: Task, run: Run, threads: int) -> None:
-        self.run = run
-        self.begin = time.monotonic()
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.stream: IO[str] = run.log.open("a", encoding="utf-8")
-        self.process = subprocess.Popen(
-            [sys.executable, *task.command(run)],
-            stdout=self.stream,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    """Run what is not finished, ``jobs`` at a time with ``threads`` threads each; see ``run_jobs``."""
+    todo = [
+        Job(
+            title=run.title,
+            folder=run.folder,
+            command=partial(task.command, run),
+            is_finished=partial(task.is_finished, run),
         )
-        self.told = False
-
-    @property
-    def ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def stop(self) -> None:
-        """Ask it to save and to leave."""
-        if not self.told and not self.ended:
-            self.process.send_signal(signal.SIGTERM)
-            self.told = True
-
-    def close(self) -> int:
-        """Wait for its end and note its time; returns its exit status."""
-        code = self.process.wait()
-        self.stream.close()
-        write_text(self.run.record, f"{seconds_of(self.run) + time.monotonic() - self.begin:.1f}\n")
-        return code
-
-
-def seconds_of(run: Run) -> float:
-    """Wall-clock seconds that a run has taken so far."""
-    return float(run.record.read_text(encoding="utf-8")) if run.record.is_file() else 0.0
-
-
-def minutes(seconds: float) -> str:
-    """125 -> "2 min 5 s"."""
-    return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+        for run in runs
+    ]
+    return run_jobs(todo, at_a_time=jobs, threads=threads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +193,9 @@ def markdown(task: Task, runs: Sequence[Run]) -> str:
     rows = [head, ["---"] * len(head)]
     for fraction, init in dict.fromkeys((outcome.fraction, outcome.init) for outcome in found):
         own = {o.metric: o for o in found if (o.fraction, o.init) == (fraction, init)}
-        spent = [seconds_of(r) for r in runs if (r.fraction, r.init.name) == (fraction, init) and task.is_finished(r)]
+        spent = [
+            seconds_of(r.folder) for r in runs if (r.fraction, r.init.name) == (fraction, init) and task.is_finished(r)
+        ]
         cells = [own[metric].show() for metric in task.metrics]
         rows.append([percent(fraction), init, str(len(spent)), *cells, f"at most {minutes(max(spent))}"])
     lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -296,7 +212,7 @@ def write_results(out: Path, task: Task, runs: Sequence[Run]) -> None:
             "fraction": run.fraction,
             "init": run.init.name,
             "seed": run.seed,
-            "seconds": seconds_of(run),
+            "seconds": seconds_of(run.folder),
             "curves": task.curves(run),
         }
         for run in runs

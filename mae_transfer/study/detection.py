@@ -10,7 +10,8 @@ import yaml
 
 from mae_transfer.checkpoint import EncoderInfo
 from mae_transfer.study.compare import Run
-from mae_transfer.study.transfer import TOOLS, TransferTask, list_option
+from mae_transfer.study.jobs import TOOLS
+from mae_transfer.study.transfer import TransferTask, list_option
 
 
 class DetectionTask(TransferTask):

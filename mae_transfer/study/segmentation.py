@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from mae_transfer.checkpoint import EncoderInfo
 from mae_transfer.study.compare import Run
-from mae_transfer.study.transfer import TOOLS, TransferTask, list_option
+from mae_transfer.study.jobs import TOOLS
+from mae_transfer.study.transfer import TransferTask, list_option
 
 
 class SegmentationTask(TransferTask):

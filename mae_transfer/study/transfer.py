@@ -12,8 +12,6 @@ from mae_transfer.checkpoint import EncoderInfo, read_checkpoint
 from mae_transfer.errors import ConfigError
 from mae_transfer.study.compare import Curve, Init, Run
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
 
 class TransferTask(ABC):
     """Trainings by a tool that takes key=value and writes ``metrics.json``, one object a line.
