@@ -24,6 +24,9 @@ class Purpose(IntEnum):
     EVALUATION_MASK = 5
     EVALUATION_CHOICE = 6
     STEP = 7  # whatever a training step of detection draws
+    AUGMENT = 8  # colours and geometry of a sample of classification
+    ERASE = 9
+    MIXUP = 10  # of a micro-batch, named by its first sample
 
 
 class Draws:
