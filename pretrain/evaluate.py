@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mae_transfer.data.draws import Draws, Purpose
+from mae_transfer.data.batches import UnreadableCount, fixed_images
+from mae_transfer.data.choice import BATCH, choose_images, shares
 from mae_transfer.data.find import open_source
 from mae_transfer.data.source import Source
 from mae_transfer.data.transforms import normalise
@@ -18,35 +19,10 @@ from mae_transfer.engine.precision import Precision
 from mae_transfer.errors import ConfigError
 from pretrain.baseline import BaselineLosses, baseline_losses
 from pretrain.config import PretrainConfig
-from pretrain.images import UnreadableCount, fixed_batch, fixed_images
+from pretrain.images import fixed_batch
 from pretrain.load import load_mae
 from pretrain.masking import MaskSampler, build_sampler
 from pretrain.model import MaskedAutoencoder
-
-
-def choose_images(num_images: int, *, limit: int, seed: int) -> list[int]:
-    """At most ``limit`` of the images, spread over all folders: a random choice that depends on the seed alone."""
-    if num_images <= limit:
-        return list(range(num_images))
-    words = Draws(seed=seed, purpose=Purpose.EVALUATION_CHOICE).words(num_images)
-    return sorted(np.argsort(words, kind="stable")[:limit].tolist())
-
-
-_BATCH = 64
-
-
-def shares(count: int, processes: Processes) -> Iterator[tuple[range, bool]]:
-    """This process's batches of images 0 to ``count`` − 1, and whether a batch counts.
-
-    Every process gets equally many, as a sharded model's forward pass needs them all: who would have one batch less
-    does the first one once more, for nothing.
-    """
-    size = min(_BATCH, -(-count // processes.world_size))
-    num_batches = -(-count // size)
-    rounds = -(-num_batches // processes.world_size)
-    for batch in range(processes.rank, rounds * processes.world_size, processes.world_size):
-        start = batch * size if batch < num_batches else 0
-        yield range(start, min(start + size, count)), batch < num_batches
 
 
 @torch.no_grad()
@@ -181,9 +157,9 @@ def evaluate_baselines(
 ) -> BaselineLosses:
     """The trivial predictors on the very images and masks of ``evaluate_loss``; the model lends its patches only."""
     totals = np.zeros(len(dataclasses.fields(BaselineLosses)))
-    for start in range(0, len(indices), _BATCH):
+    for start in range(0, len(indices), BATCH):
         batch = fixed_batch(
-            source, indices=indices[start : start + _BATCH], size=model.image_size, sampler=sampler, seed=seed
+            source, indices=indices[start : start + BATCH], size=model.image_size, sampler=sampler, seed=seed
         )
         images = normalise(batch.images, mean, std)
         order = batch.noise.argsort(dim=1, stable=True)

@@ -6,22 +6,22 @@ import logging
 import time
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from mae_transfer.data.batches import UnreadableCount, open_images
+from mae_transfer.data.choice import choose_images, matching_labels
 from mae_transfer.data.find import open_source
+from mae_transfer.data.settings import folders
 from mae_transfer.data.source import Source
 from mae_transfer.engine.metrics import require_wandb
 from mae_transfer.engine.parallel import is_sharded
 from mae_transfer.engine.run_folder import RunFolder
 from mae_transfer.engine.trainer import Hook
-from mae_transfer.errors import ConfigError
 from mae_transfer.probe import fit_probe, top_accuracies
-from pretrain.config import folders
-from pretrain.evaluate import choose_images, encode_images, evaluate_loss
-from pretrain.images import UnreadableCount, fixed_batch, open_images
+from pretrain.evaluate import encode_images, evaluate_loss
+from pretrain.images import fixed_batch
 from pretrain.objective import PretrainRun
 from pretrain.reconstruct import save_training_reconstructions
 
@@ -102,7 +102,7 @@ def _probe(run: PretrainRun) -> Hook:
         open_source(folders(path), channels=data.channels, floats=data.own_statistics, cache=data.scan_cache_folder)
         for path in (config.train_path, config.val_path)
     )
-    labels = probe_labels(train, val)
+    labels = matching_labels(train, val, keys=("probe.train_path", "probe.val_path"))
     chosen = [choose_images(len(source), limit=config.images, seed=seed) for source in (train, val)]
     counts = [UnreadableCount(num_samples=len(source), limit=data.max_unreadable) for source in (train, val)]
     fitted_on, tested_on = (
@@ -142,25 +142,3 @@ def _probe(run: PretrainRun) -> Hook:
         return {"probe_top1": top1, "probe_top5": top5, "probe_seconds": seconds}
 
     return Hook(every_steps=run.every(config.every_epochs), run=probe)
-
-
-def probe_labels(train: Source, val: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (N,) of both, numbered by the classes of ``train``.
-
-    Raises:
-        ConfigError: images without labels, or classes that only ``val`` has.
-    """
-    for key, source in (("train", train), ("val", val)):
-        if source.labels is None:
-            raise ConfigError(
-                f"probe.{key}_path has no labels; the probe needs a folder of images for each class (or shards or "
-                "tables that hold labels)"
-            )
-    assert train.labels is not None and val.labels is not None
-    if train.classes is None or val.classes is None:  # numbers without names: the same numbers mean the same
-        return train.labels, val.labels
-    numbers = {name: number for number, name in enumerate(train.classes)}
-    unknown = [name for name in val.classes if name not in numbers]
-    if unknown:
-        raise ConfigError(f"probe.val_path has classes that probe.train_path lacks: {', '.join(unknown[:5])}")
-    return train.labels, np.array([numbers[name] for name in val.classes], np.int64)[val.labels]

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mae_transfer.data.batches import to_batch
 from mae_transfer.data.decode import decode_image
 from mae_transfer.data.draws import Draws, Purpose
 from mae_transfer.data.transforms import centre_box, centre_crop, denormalise, normalise
 from mae_transfer.engine.files import atomic_path
 from mae_transfer.errors import ConfigError
 from mae_transfer.visualize import GridRow, Picture, image_grid, to_picture
-from pretrain.images import to_batch
 from pretrain.load import LoadedMAE, load_mae
 from pretrain.masking import SAMPLERS, box_mask, build_sampler, noise_from_mask
 from pretrain.model import MAEOutput, MaskedAutoencoder

@@ -125,10 +125,11 @@ def _forever(images: Tensor) -> Iterator[tuple[Tensor, None]]:
 
 def our_batches(setting: Setting, model: MaskedAutoencoder) -> Iterator[tuple[Tensor, Tensor]]:
     """Our loader in the training process, as ``configs/pretrain/tiny.yaml`` has it, but without its cache."""
+    from mae_transfer.data.batches import UnreadableCount, batch_stream, open_images
     from mae_transfer.data.sampler import StepSampler
     from mae_transfer.data.transforms import normalise
     from pretrain.config import DataConfig
-    from pretrain.images import MaskedImages, UnreadableCount, batch_stream, open_images
+    from pretrain.images import MaskedImages
     from pretrain.masking import build_sampler
 
     data = DataConfig(path=setting.data, image_size=setting.image_size, workers=0, scan_cache=False)

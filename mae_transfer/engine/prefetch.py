@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
+from torch import Tensor
 
-BatchT = TypeVar("BatchT")
+
+class Movable(Protocol):
+    """A batch that knows its tensors (``mae_transfer.data.batches.Batch``)."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
 
 
-def prefetch(
-    batches: Iterator[BatchT], device: torch.device, *, move: Callable[[BatchT], BatchT], used: Callable[[BatchT], None]
-) -> Iterator[BatchT]:
+MovableT = TypeVar("MovableT", bound=Movable)
+
+
+def prefetch(batches: Iterator[MovableT], device: torch.device) -> Iterator[MovableT]:
     """The same batches, copied to ``device`` one ahead.
 
     On a GPU the copy of the next batch runs on a stream of its own while the current one is computed on; pinned
     memory lets it. On a CPU a batch is where it should be already, and is handed on when it is asked for.
-
-    Args:
-        move: a batch's copy on the device, started without waiting.
-        used: told on the computing stream that a batch is used there, so that its memory is not given away before
-            (``Tensor.record_stream`` for each of its tensors).
     """
     if device.type != "cuda":
-        for batch in batches:
-            yield move(batch)
+        yield from batches
         return
     copying = torch.cuda.Stream(device)
 
-    def fetch() -> BatchT | None:
+    def fetch() -> MovableT | None:
         batch = next(batches, None)
         if batch is None:
             return None
         with torch.cuda.stream(copying):
-            return move(batch)
+            return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     following = fetch()
     while following is not None:
-        torch.cuda.current_stream(device).wait_stream(copying)
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copying)
         current = following
-        used(current)
+        for tensor in current.tensors().values():
+            tensor.record_stream(computing)  # its memory is not given away before it was used
         following = fetch()
         yield current

@@ -9,11 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_transfer.checkpoint import describe, write_safetensors
+from mae_transfer.data.choice import choose_images
 from mae_transfer.errors import run_tool
 from pretrain import build_mae
 from pretrain.baseline import baseline_losses, neighbour_mean
 from pretrain.cli import main
-from pretrain.evaluate import choose_images
 from pretrain.planner import forward_flops, training_flops
 from tests.pictures import write_pictures
 

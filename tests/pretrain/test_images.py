@@ -14,22 +14,14 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as oracle
 
+from mae_transfer.data.batches import UnreadableCount, batch_stream, fixed_images, open_images, to_batch
 from mae_transfer.data.draws import Draws, Purpose
 from mae_transfer.data.sampler import SampleKey, StepSampler
 from mae_transfer.data.transforms import centre_crop, draw_crop, normalise
 from mae_transfer.errors import ConfigError, RunFailed
 from pretrain.cli import main
 from pretrain.config import DataConfig
-from pretrain.images import (
-    MaskedBatch,
-    MaskedImages,
-    UnreadableCount,
-    batch_stream,
-    fixed_batch,
-    fixed_images,
-    open_images,
-    to_batch,
-)
+from pretrain.images import MaskedBatch, MaskedImages, fixed_batch
 from pretrain.masking import build_sampler
 from tests.data.test_decode import BROKEN
 from tests.data.test_shards import write_shard

@@ -17,17 +17,17 @@ import pytest
 import torch
 from PIL import Image
 
+from mae_transfer.data.batches import UnreadableCount
+from mae_transfer.data.choice import matching_labels, shares
 from mae_transfer.data.find import open_source
 from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.precision import Precision
 from mae_transfer.errors import ConfigError, run_tool
 from mae_transfer.probe import fit_probe, top_accuracies
 from pretrain.cli import main
-from pretrain.evaluate import encode_images, evaluate_loss, shares
-from pretrain.images import UnreadableCount
+from pretrain.evaluate import encode_images, evaluate_loss
 from pretrain.load import load_mae
 from pretrain.masking import build_sampler
-from pretrain.monitor import probe_labels
 from tests.engine.test_wandb import Server
 from tests.pictures import picture, write_pictures
 from tests.pretrain.small import ARGUMENTS, timeless
@@ -125,10 +125,11 @@ def test_it_is_the_probe_of_the_cls_token(probed: Path, classes: Path) -> None:
 
 def test_labels_of_val_are_numbered_as_those_of_train(classes: Path) -> None:
     train, val = open_source([classes / "train"]), open_source([classes / "val"])
-    own, unseen = probe_labels(train, val)
+    keys = ("probe.train_path", "probe.val_path")
+    own, unseen = matching_labels(train, val, keys=keys)
     assert own.tolist() == [0] * 10 + [1] * 10 + [2] * 10 and unseen.tolist() == [1] * 4 + [2] * 4
     with pytest.raises(ConfigError, match=r"classes that probe\.train_path lacks: blue"):
-        probe_labels(val, train)
+        matching_labels(val, train, keys=keys)
 
 
 def test_a_folder_without_classes_is_refused(
@@ -185,12 +186,14 @@ import sys, torch
 import torch.distributed as dist
 from torch.distributed.fsdp import register_fsdp_forward_method
 from pathlib import Path
+from mae_transfer.data.batches import UnreadableCount
+from mae_transfer.data.choice import matching_labels, shares
 from mae_transfer.data.find import open_source
 from mae_transfer.engine.distribution import processes
 from mae_transfer.engine.parallel import parallelise
 from mae_transfer.engine.precision import Precision
 from pretrain.evaluate import encode_images, evaluate_loss
-from pretrain.images import UnreadableCount
+from mae_transfer.data.batches import UnreadableCount
 from pretrain.load import load_mae
 from pretrain.masking import build_sampler
 from pretrain.reconstruct import save_training_reconstructions

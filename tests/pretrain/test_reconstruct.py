@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from mae_transfer.checkpoint import describe, encoder_state, write_safetensors
+from mae_transfer.data.batches import to_batch
 from mae_transfer.data.transforms import normalise
 from mae_transfer.errors import CheckpointError, run_tool
 from pretrain import MaskedAutoencoder
-from pretrain.images import to_batch
 from pretrain.load import LoadedMAE, load_mae
 from pretrain.reconstruct import main, picture_parts, reconstruct_box, reconstruct_masked
 from tests.pictures import picture
