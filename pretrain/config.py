@@ -8,7 +8,7 @@ from typing import Any
 
 from mae_transfer.data.settings import ImagesConfig, check_whole_patches, folders, pair
 from mae_transfer.engine.checkpoints import CheckpointConfig
-from mae_transfer.engine.metrics import LogConfig
+from mae_transfer.engine.metrics import LogConfig as EngineLogConfig
 from mae_transfer.engine.optimizer import OptimConfig
 from mae_transfer.engine.run_folder import RunConfig
 from mae_transfer.engine.trainer import TrainConfig
@@ -85,6 +85,26 @@ class MaskConfig:
 
     kind: str = "random"
     ratio: float = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(EngineLogConfig):
+    """What is recorded along the way, and how often."""
+
+    evaluate_every_epochs: float = 10.0  # loss on data.val_path; 0 for never
+    evaluate_images: int = 2000  # at most so many of data.val_path
+    reconstruct_every_epochs: float = 20.0  # a picture of the same few images; 0 for never
+    reconstruct_images: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reconstruct_every_epochs < 0:
+            raise ConfigError(
+                f"log.reconstruct_every_epochs={self.reconstruct_every_epochs} must not be negative; 0 means never"
+            )
+        for name in ("evaluate_images", "reconstruct_images"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"log.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

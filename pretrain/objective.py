@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from mae_transfer.checkpoint import describe
 from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.objective import Objective, open_once
-from mae_transfer.engine.optimizer import build_adamw, decay_groups
+from mae_transfer.engine.optimizer import build_optimizer, decay_groups, is_not_decayed
 from mae_transfer.engine.run_folder import git_commit
+from mae_transfer.layer_decay import parameter_groups
 from pretrain.config import PretrainConfig
 from pretrain.images import MaskedBatch, MaskedImages
 from pretrain.masking import build_sampler
@@ -43,7 +44,18 @@ class PretrainRun(Objective[MaskedBatch]):
         self.sample_flops = training_flops(self.model, mask_ratio=config.mask.ratio)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        return build_adamw(decay_groups(self.model, self.optim.weight_decay), self.optim)
+        optim, decay = self.optim, self.optim.weight_decay
+        if optim.layer_decay == 1:
+            return build_optimizer(decay_groups(self.model, decay), optim)
+        groups = parameter_groups(
+            self.model,
+            depth=self.model.depth,
+            rate=optim.layer_decay,
+            lr=optim.base_lr,
+            weight_decay=decay,
+            no_decay=is_not_decayed,
+        )
+        return build_optimizer(groups, optim)
 
     def loss(self, model: nn.Module, batch: MaskedBatch) -> Tensor:
         """Mean squared error over the masked patches of a micro-batch."""

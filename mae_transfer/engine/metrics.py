@@ -26,10 +26,7 @@ class LogConfig:
     tensorboard: bool = True
     wandb: str | None = None  # project of Weights & Biases to log to as well; WANDB_MODE=offline keeps it on this disk
     peak_gflops: float | None = None  # what MFU is relative to, GFLOP/s of one process; null: measured at the start
-    evaluate_every_epochs: float = 10.0  # loss on data.val_path; 0 for never
-    evaluate_images: int = 2000  # at most so many of data.val_path
-    reconstruct_every_epochs: float = 20.0  # a picture of the same few images; 0 for never
-    reconstruct_images: int = 8
+    evaluate_every_epochs: float = 10.0  # on unseen images
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
@@ -38,12 +35,8 @@ class LogConfig:
             raise ConfigError("log.wandb is empty; give the name of the project, or null for none")
         if self.peak_gflops is not None and not self.peak_gflops > 0:
             raise ConfigError(f"log.peak_gflops={self.peak_gflops} must be positive")
-        for name in ("evaluate_every_epochs", "reconstruct_every_epochs"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"log.{name}={getattr(self, name)} must not be negative; 0 means never")
-        for name in ("evaluate_images", "reconstruct_images"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"log.{name}={getattr(self, name)} must be at least 1")
+        if self.evaluate_every_epochs < 0:
+            raise ConfigError(f"log.evaluate_every_epochs={self.evaluate_every_epochs} must not be negative")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -227,7 +227,7 @@ class Trainer(Generic[BatchT]):
     def _train_step(self, batches: Iterator[BatchT]) -> None:
         rate = self.schedule(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         total: Tensor | None = None
         rounds = self.train.accumulate
         for round_ in range(rounds):
