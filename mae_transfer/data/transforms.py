@@ -37,18 +37,20 @@ def draw_crop(
     image_size: tuple[int, int],
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
 ) -> Crop:
-    """Parameters of RandomResizedCrop and of a fair horizontal flip, distributed as torchvision's.
+    """Parameters of RandomResizedCrop and of a horizontal flip, distributed as torchvision's.
 
     Area uniform in ``scale`` of the image's, aspect ratio log-uniform in ``ratio``, ten attempts until the box fits,
     then the largest centred box of an allowed aspect ratio. Every image uses the same number of draws.
 
     Args:
         image_size: (height, width) of the original image.
+        flip: its probability.
     """
     height, width = image_size
     values = draws.uniform(4 * _ATTEMPTS + 1)
-    flip = bool(values[-1] < 0.5)
+    mirrored = bool(values[-1] < flip)
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for u_area, u_ratio, u_top, u_left in values[:-1].reshape(_ATTEMPTS, 4).tolist():
         area = height * width * (scale[0] + (scale[1] - scale[0]) * u_area)
@@ -56,10 +58,10 @@ def draw_crop(
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             top, left = int(u_top * (height - h + 1)), int(u_left * (width - w + 1))
-            return Crop(left=left, top=top, width=w, height=h, flip=flip)
+            return Crop(left=left, top=top, width=w, height=h, flip=mirrored)
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-    return Crop(left=(width - w) // 2, top=(height - h) // 2, width=w, height=h, flip=flip)
+    return Crop(left=(width - w) // 2, top=(height - h) // 2, width=w, height=h, flip=mirrored)
 
 
 def cut(picture: Picture, crops: Sequence[Crop], *, size: tuple[int, int]) -> list[Tensor]:

@@ -1,0 +1,87 @@
+"""Features of images encoded once: what a linear probe without augmentation trains on, and neighbours vote with."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mae_transfer.classification.evaluate import readable_batches
+from mae_transfer.classification.images import LabelledBatch
+from mae_transfer.data.sampler import SampleKey
+from mae_transfer.data.source import Source
+
+if TYPE_CHECKING:
+    from mae_transfer.classification.objective import ClassificationRun
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def encode_all(run: ClassificationRun, source: Source, what: str) -> tuple[Tensor, np.ndarray]:
+    """The features of every image of ``source``, seen as in evaluation.
+
+    Processes share the images and all get all features: N·D·4 bytes of each one's memory (3.7 GiB for the 1.28 million
+    of ImageNet and ViT-B). Every process must call this; the model is in evaluation mode meanwhile and afterwards as
+    it was.
+
+    Args:
+        what: the key that the images were given by, for messages.
+
+    Returns:
+        (N, D) float32 on the CPU, and (N,) bool: which images could be read; the features of others are zero.
+
+    Raises:
+        RunFailed: more unreadable images than ``data.max_unreadable`` allows.
+    """
+    before = time.perf_counter()
+    features = torch.zeros(0)
+    readable = torch.zeros(len(source))
+    training = run.model.training
+    run.model.eval()
+    try:
+        for batch in readable_batches(run, source, what):
+            with run.precision.autocast():
+                encoded = run.model.encode(run.to_device(batch.images)).float().cpu()  # (n, D)
+            if not len(features):
+                features = torch.zeros(len(source), encoded.shape[1])
+            if batch.counts:
+                rows = slice(batch.indices.start, batch.indices.stop)
+                features[rows] = torch.where(batch.readable[:, None], encoded, 0)
+                readable[rows] = batch.readable.float()
+    finally:
+        run.model.train(training)
+    features, readable = run.processes.sum(features), run.processes.sum(readable)  # rows of others are zero here
+    logger.info("encoded the %d images of %s in %.0f s", len(source), what, time.perf_counter() - before)
+    return features, readable.bool().numpy()
+
+
+class CachedFeatures(Dataset[LabelledBatch]):
+    """Features in place of images: the same batches of the same samples, without decoding and without an encoder.
+
+    Args:
+        features: (N, D). labels: (N,).
+        readable: (N,) bool; the features of the next image that could be read take the place of the others', label
+            included.
+    """
+
+    def __init__(self, features: Tensor, labels: np.ndarray, readable: np.ndarray) -> None:
+        self.features = features
+        self.labels = torch.from_numpy(labels)
+        following = np.where(readable, np.arange(len(labels)), len(labels))
+        following = np.minimum.accumulate(following[::-1])[::-1]
+        self._row = torch.from_numpy(np.where(following < len(labels), following, np.flatnonzero(readable)[0]))
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> LabelledBatch:
+        """What the DataLoader calls with a whole micro-batch."""
+        rows = self._row[[key.index for key in keys]]
+        return LabelledBatch(images=self.features[rows], labels=self.labels[rows])
