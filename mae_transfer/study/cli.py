@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mae_transfer.errors import EXIT_PREEMPTED, CheckpointError, ConfigError
-from mae_transfer.study.compare import Init, Task, claim, markdown, plan, run_all, write_results
+from mae_transfer.study.classification import ClassificationTask
+from mae_transfer.study.compare import Init, Task, markdown, plan, run_all, write_results
 from mae_transfer.study.detection import DetectionTask
+from mae_transfer.study.jobs import claim
 from mae_transfer.study.segmentation import SegmentationTask
 
 _EPILOG = """\
@@ -27,6 +29,7 @@ finished runs are kept. OUT then holds results.md, results.json and curves.png. 
 TASKS: Mapping[str, Callable[[Path, Sequence[str], Sequence[Init]], Task]] = {
     "detection": DetectionTask,
     "segmentation": SegmentationTask,
+    "classification": ClassificationTask,
 }
 
 
@@ -41,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         "task",
         choices=TASKS,
         help="detection: Mask R-CNN by tools/train_det.py, box and mask AP; "
-        "segmentation: UperNet by tools/train_seg.py, mIoU",
+        "segmentation: UperNet by tools/train_seg.py, mIoU; classification: tools/train_cls.py, top-1 and top-5",
     )
     parser.add_argument("--config-file", type=Path, required=True, metavar="FILE", help="the task's config")
     parser.add_argument(
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seeds": args.seeds,
         "fractions": args.fractions,
     }
-    claim(out, definition)
+    claim(out, definition, what="comparison", may_grow=("inits", "seeds", "fractions"))
     try:
         stopped_by = run_all(task, runs, jobs=args.jobs, threads=args.threads)
     finally:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from mae_transfer.engine.files import write_text
 from mae_transfer.errors import ConfigError
@@ -84,31 +84,6 @@ def plan(out: Path, *, inits: Sequence[Init], seeds: Sequence[int], fractions: S
         for f in fractions
         for init in inits
     ]
-
-
-def claim(out: Path, definition: Mapping[str, Any]) -> None:
-    """Make ``out`` the folder of this comparison, or make sure that it is.
-
-    Raises:
-        ConfigError: it is another comparison's, or holds something else.
-    """
-    path = out / "comparison.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        # More seeds, starts or shares may join; what the runs have in common may not change.
-        grown = ("inits", "seeds", "fractions")
-        changed = [key for key in definition if key not in grown and before.get(key) != definition[key]]
-        moved = [
-            name for name, file in before["inits"].items() if definition["inits"].get(name, file) != file
-        ]  # the same name, another file
-        if changed or moved:
-            what = [f"{key} was {before.get(key)}, is {definition[key]}" for key in changed]
-            what += [f"start {name} was {before['inits'][name]}, is {definition['inits'][name]}" for name in moved]
-            raise ConfigError(f"{out} holds another comparison: {'; '.join(what)}. Choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and holds no comparison; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(definition, indent=1) + "\n")
 
 
 def run_all(task: Task, runs: Sequence[Run], *, jobs: int, threads: int) -> str | None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mae_transfer.engine.files import write_text
 from mae_transfer.engine.signals import StopRequest
-from mae_transfer.errors import RunFailed
+from mae_transfer.errors import ConfigError, RunFailed
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,37 @@ class Job:
     def log(self) -> Path:
         """Where its output goes: beside its folder."""
         return self.folder.with_name(self.folder.name + ".log")
+
+
+def claim(out: Path, definition: Mapping[str, Any], *, what: str, may_grow: Sequence[str] = ()) -> None:
+    """Make ``out`` the folder of a comparison or a study, or make sure that it is: ``WHAT.json`` in it says of which.
+
+    Args:
+        definition: what its trainings have in common, as JSON values.
+        what: "comparison" or "study".
+        may_grow: keys of lists and mappings to which more may be added later; a name in a mapping keeps its value.
+
+    Raises:
+        ConfigError: it is another one's, or holds something else.
+    """
+    path = out / f"{what}.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [
+            f"{key} was {before.get(key)}, is {value}"
+            for key, value in definition.items()
+            if key not in may_grow and before.get(key) != value
+        ]
+        for key in may_grow:
+            if isinstance(now := definition[key], Mapping):
+                names = [name for name in now if before[key].get(name, now[name]) != now[name]]
+                changed += [f"{key} {name} was {before[key][name]}, is {now[name]}" for name in names]
+        if changed:
+            raise ConfigError(f"{out} holds another {what}: {'; '.join(changed)}. Choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and holds no {what}; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(definition, indent=1) + "\n")
 
 
 def run_jobs(jobs: Sequence[Job], *, at_a_time: int, threads: int) -> str | None:

@@ -1,4 +1,4 @@
-"""What trainings of detection and of segmentation have in common as tasks of a comparison."""
+"""What trainings of detection, segmentation and classification have in common as tasks of a comparison."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class TransferTask(ABC):
     """
 
     metrics: ClassVar[Mapping[str, str]]  # key of a metric -> how it is called
+    metrics_file: ClassVar[str] = "metrics.json"  # of a run, one object a line
     ours: ClassVar[Sequence[str]]  # keys that the comparison itself sets in every run
     step_key: ClassVar[str]  # of a line of metrics.json: how many iterations its evaluation comes after
 
@@ -59,7 +60,7 @@ class TransferTask(ABC):
     def curves(self, run: Run) -> dict[str, Curve]:
         """Metric -> (step, value) so far."""
         found: dict[str, dict[int, float]] = {metric: {} for metric in self.metrics}
-        path = run.folder / "metrics.json"
+        path = run.folder / self.metrics_file
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             values = json.loads(line)
             for metric, points in found.items():

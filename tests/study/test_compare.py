@@ -19,12 +19,15 @@ from PIL import Image
 
 from mae_transfer import build_vit
 from mae_transfer.checkpoint import describe, write_safetensors
+from mae_transfer.classification.config import ClassificationConfig
+from mae_transfer.engine.config import read_config
 from mae_transfer.errors import RunFailed, run_tool
 from mae_transfer.study import compare
+from mae_transfer.study.classification import ClassificationTask
 from mae_transfer.study.cli import main
 from mae_transfer.study.compare import Init, Outcome, Run, plan, run_all, verdicts, write_results
 from mae_transfer.study.detection import DetectionTask
-from mae_transfer.study.jobs import seconds_of
+from mae_transfer.study.jobs import claim, seconds_of
 from mae_transfer.study.segmentation import SegmentationTask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,6 +159,36 @@ def test_so_it_does_in_segmentation(encoder: Path, tmp_path: Path) -> None:
     assert set(first) == common | {f"init_checkpoint={encoder}"}
 
 
+def test_so_it_does_in_classification(encoder: Path, tmp_path: Path) -> None:
+    inits = [Init(name="pretrained", checkpoint=encoder), Init(name="random", checkpoint=None)]
+    config = ROOT / "configs/classification/study_finetune.yaml"
+    task = ClassificationTask(config, ["train.epochs=5", "data.std=[1,1,1]"], inits)
+    runs = plan(tmp_path, inits=inits, seeds=[3], fractions=[0.25])
+    first, other = (task.settings(run) for run in runs)
+    common = {"train.epochs=5", "data.std=[1,1,1]", "data.mean=[0.5,0.25,0.125]", "data.channels=3", "run.seed=3"}
+    common |= {"model.patch_size=[8,8]", "model.width=192", "model.depth=12", "model.num_heads=3", "model.size=tiny"}
+    common |= {"data.fraction=0.25", "data.fraction_seed=3", "run.resume=auto"}
+    assert set(other) == common | {f"run.dir={runs[1].folder}"}
+    assert set(first) == common | {f"run.dir={runs[0].folder}", f"init_checkpoint={encoder}"}
+    models = []
+    for run in runs:
+        task.check(run)
+        resolved = read_config(ClassificationConfig, config, task.settings(run)).resolved()
+        models.append((resolved.model, resolved.data.mean, resolved.data.std))
+    assert models[0] == models[1]
+
+
+def test_the_curve_of_a_classification_is_its_metrics(encoder: Path, tmp_path: Path) -> None:
+    task = ClassificationTask(ROOT / "configs/classification/study_linear.yaml", [], INITS[1:])
+    run = Run(fraction=1.0, init=INITS[1], seed=0, folder=tmp_path)
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "val_top1": 3.5, "val_top5": 9.0}, {"step": 4, "val_top1": 4.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert task.curves(run) == {"val_top1": [(2, 3.5), (4, 4.0)], "val_top5": [(2, 9.0)]}
+    assert not task.is_finished(run)
+    (tmp_path / "model.safetensors").touch()
+    assert task.is_finished(run)
+
+
 BAD = [
     (["--init", "random"], "two starts"),
     (["--init", "random", "--init", "random"], "twice"),
@@ -183,17 +216,22 @@ def test_bad_input_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_keeps_its_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    definition = {"overrides": ["a=1"], "inits": {"a": "x"}, "seeds": [0], "fractions": [1.0]}
-    compare.claim(tmp_path / "out", definition)
-    compare.claim(tmp_path / "out", {**definition, "seeds": [0, 1], "inits": {"a": "x", "b": "y"}})
-    for change in ({"overrides": ["a=2"]}, {"inits": {"a": "z"}}):
-        with pytest.raises(ValueError, match="another comparison"):
-            compare.claim(tmp_path / "out", {**definition, **change})
+def test_a_folder_keeps_its_comparison(tmp_path: Path) -> None:
+    definition = {"overrides": ["a=1"], "inits": {"a": "x"}, "seeds": [0]}
+
+    def claimed(folder: str, **change: object) -> None:
+        claim(tmp_path / folder, {**definition, **change}, what="comparison", may_grow=("inits", "seeds"))
+
+    claimed("out")
+    claimed("out", seeds=[0, 1], inits={"a": "x", "b": "y"})
+    claimed("out", inits={"b": "y"})
+    for change, said in (({"overrides": ["a=2"]}, "overrides was"), ({"inits": {"b": "z"}}, "inits b was y, is z")):
+        with pytest.raises(ValueError, match=f"another comparison: {said}"):
+            claimed("out", **change)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="no comparison"):
-        compare.claim(tmp_path / "other", definition)
+        claimed("other")
 
 
 @pytest.mark.slow
