@@ -4,9 +4,9 @@ Nothing is downloaded. Six kinds of objects are cut out of photographs along out
 (``assets/outlines.json``), changed in size, angle, colour and light, and put in front of six kinds of photographed
 ground and background, nearer ones before farther ones. Scene ``i`` of a split is a function of (seed, split, i) alone.
 
-The same scenes are written three ways: unlabelled images for pretraining, COCO instances for detection, and the
-ADE20K layout for segmentation. Training and validation scenes differ, the photographs they are cut from do not: the
-demo shows that the chain works, not how well a model generalises.
+The same scenes are written four ways: unlabelled images for pretraining, COCO instances for detection, the ADE20K
+layout for segmentation, and their objects cut out, a folder a class, for classification. Training and validation scenes
+differ, the photographs they are cut from do not: the demo shows that the chain works, not how well a model generalises.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SPLITS = ("unlabelled", "train", "val")
 LEAST_SCENES = 4  # the first four scenes of a split are laid out to show every class
 
 OVERSAMPLING = 2  # scenes are painted at twice their size: smooth edges, and masks counted from four votes a pixel
+SURROUNDINGS = 1.2  # side of an object's own picture over the longer side of its box
 VISIBLE_FRACTION = 0.3  # of every object, at least
 
 GROUNDS = ("grass", "gravel", "brick", "wood")
@@ -189,11 +190,13 @@ class _Job:
 
 @dataclass(frozen=True, kw_only=True)
 class _Files:
-    """What a scene's files hold. annotations lack their ids, which depend on the scenes before."""
+    """What a scene's files hold. annotations lack their ids, which depend on the scenes before; objects are (place in
+    OBJECTS, picture), one of each annotation."""
 
     jpeg: bytes
     png: bytes
     annotations: list[dict[str, Any]]
+    objects: list[tuple[int, bytes]]
 
 
 def _render(job: _Job) -> _Files:
@@ -201,10 +204,9 @@ def _render(job: _Job) -> _Files:
     from pycocotools import mask as rle
 
     scene = compose(size=job.size, seed=job.seed, split=job.split, index=job.index)
-    jpeg, png = io.BytesIO(), io.BytesIO()
-    scene.image.save(jpeg, format="JPEG", quality=92, subsampling=0)
+    png = io.BytesIO()
     Image.fromarray(scene.labels).save(png, format="PNG")
-    annotations = []
+    annotations, objects = [], []
     for instance in scene.instances:
         code = rle.encode(np.asfortranarray(instance.mask.astype(np.uint8)))
         annotations.append(
@@ -216,7 +218,25 @@ def _render(job: _Job) -> _Files:
                 "iscrowd": 0,
             }
         )
-    return _Files(jpeg=jpeg.getvalue(), png=png.getvalue(), annotations=annotations)
+        objects.append((instance.category, _jpeg(_portrait(scene.image, annotations[-1]["bbox"]))))
+    return _Files(jpeg=_jpeg(scene.image), png=png.getvalue(), annotations=annotations, objects=objects)
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, format="JPEG", quality=92, subsampling=0)
+    return content.getvalue()
+
+
+def _portrait(image: Image.Image, box: Sequence[float]) -> Image.Image:
+    """A square around a box (x, y, width, height) with a little of what surrounds it, moved to lie within the image."""
+    x, y, width, height = box
+    side = round(min(SURROUNDINGS * max(width, height), *image.size))
+    left, top = (
+        min(max(round(start + length / 2 - side / 2), 0), whole - side)
+        for start, length, whole in ((x, width, image.width), (y, height, image.height))
+    )
+    return image.crop((left, top, left + side, top + side))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -225,7 +245,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _write_split(part: Path, split: str, scenes: Iterable[_Files], size: tuple[int, int]) -> None:
-    """The files of one split: JPEG only when it is unlabelled, else COCO and ADE20K."""
+    """The files of one split: JPEG only when it is unlabelled, else COCO, ADE20K and a folder a class."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index, scene in enumerate(scenes):
@@ -240,6 +260,8 @@ def _write_split(part: Path, split: str, scenes: Iterable[_Files], size: tuple[i
         images.append({"id": index + 1, "file_name": f"{name}.jpg", "height": size[0], "width": size[1]})
         for annotation in scene.annotations:
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **annotation})
+        for number, (category, jpeg) in enumerate(scene.objects):
+            _write(part / "classes" / split / OBJECTS[category] / f"{name}_{number}.jpg", jpeg)
     if split != "unlabelled":
         categories = [{"id": number + 1, "name": name} for number, name in enumerate(OBJECTS)]
         content = {"images": images, "annotations": annotations, "categories": categories}
@@ -265,12 +287,13 @@ def write_scenes(
         out/ade/images/{training,validation}/*.jpg
         out/ade/annotations/{training,validation}/*.png
         out/ade/classes.txt
+        out/classes/{train,val}/CLASS/*.jpg
 
     Args:
         out: a folder that does not exist or is empty.
         size: height and width in pixels.
         num_unlabelled: images for pretraining.
-        num_train: labelled scenes to train on, written both as COCO and as ADE20K.
+        num_train: labelled scenes to train on, written as COCO, as ADE20K, and as pictures of their objects.
         num_val: labelled scenes to validate on.
         seed: another seed gives other scenes; the same one, the same bytes.
         workers: processes that compose scenes; 0 for this one. The scenes do not depend on it.
@@ -315,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`tools/make_scenes.py`."""
     parser = argparse.ArgumentParser(
         description="Compose demo scenes from the photographs inside the scikit-image and scikit-learn wheels: "
-        "unlabelled images, COCO instances and the ADE20K layout, the same bytes for the same seed."
+        "unlabelled images, COCO instances, the ADE20K layout and a folder a class, the same bytes for the same seed."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist or be empty")
     parser.add_argument(
@@ -344,5 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"  detection     {out / 'coco' / 'annotations' / 'instances_train.json'} with {out / 'coco' / 'train'}")
     print(
         f"  segmentation  {out / 'ade'} with {out / 'ade' / 'classes.txt'} (labels 1 to {len(CLASSES)}, 0 = unlabelled)"
+    )
+    print(
+        f"  classes       {out / 'classes' / 'train'} and {out / 'classes' / 'val'}: a folder for each kind of object"
     )
     return 0

@@ -111,6 +111,30 @@ def test_objects_stay_visible_and_inside() -> None:
         assert smallest >= VISIBLE_FRACTION * 12  # a coin at the far end is a few pixels, not none
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_object_has_a_picture_of_its_own_in_the_folder_of_its_class(scenes: Path, split: str) -> None:
+    coco = COCO(scenes / "coco" / "annotations" / f"instances_{split}.json")
+    names = {category["id"]: category["name"] for category in coco.loadCats(coco.getCatIds())}
+    found = 0
+    for image_id in coco.getImgIds():
+        info = coco.loadImgs(image_id)[0]
+        with Image.open(scenes / "coco" / split / info["file_name"]) as image:
+            scene = np.asarray(image.convert("RGB")).astype(int)
+        for number, annotation in enumerate(coco.loadAnns(coco.getAnnIds(imgIds=image_id))):
+            folder = scenes / "classes" / split / names[annotation["category_id"]]
+            with Image.open(folder / f"{Path(info['file_name']).stem}_{number}.jpg") as image:
+                own = np.asarray(image.convert("RGB")).astype(int)
+            x, y, width, height = annotation["bbox"]
+            side = own.shape[0]
+            assert own.shape == (side, side, 3) and side >= min(max(width, height), 96)  # images are 96 high
+            # It is the scene around the middle of the object's box, but for what JPEG loses twice.
+            left = min(max(round(x + width / 2 - side / 2), 0), 128 - side)
+            top = min(max(round(y + height / 2 - side / 2), 0), 96 - side)
+            assert np.abs(own - scene[top : top + side, left : left + side]).mean() < 8
+            found += 1
+    assert found == len(list((scenes / "classes" / split).rglob("*.jpg"))) > 0
+
+
 def test_every_object_is_a_photograph_not_a_flat_shape() -> None:
     for category in OBJECTS:
         for cut in cutouts(category):
