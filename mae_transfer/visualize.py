@@ -161,3 +161,75 @@ def plot_panels(panels: Sequence[Panel], *, columns: int, x_label: str, path: Pa
         axes.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format=path.suffix[1:])
+
+
+def plot_confusion(
+    confusion: npt.NDArray[np.int64],
+    classes: Sequence[str],
+    *,
+    mistakes: Sequence[tuple[int, int, int]],
+    path: Path,
+    title: str = "",
+) -> None:
+    """Draw a confusion matrix, (c, c) images of the class of the row taken for that of the column, into an image file.
+
+    Each row is coloured by its shares, on a scale of square roots so that a mistake of a few per cent is seen among
+    200 classes. Up to ``_NAMED_CELLS`` classes have a number of per cent in each cell; above, every so many classes are
+    named, and the most frequent mistakes stand beside the matrix.
+
+    Args:
+        mistakes: (class, taken for, images), in the order to show them.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require("matplotlib", "dev")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    count = len(classes)
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    named = count <= _NAMED_CELLS
+    side = min(10.0, 3.0 + 0.42 * count)
+    figure = Figure(figsize=(side + (1.5 if named else 6.0), side), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(1, 1 if named else 2, width_ratios=[1] if named else [1.7, 1])
+    axes = figure.add_subplot(grid[0, 0])
+    image = axes.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
+    ticks = range(0, count, -(-count // 40))
+    names = [_shorten(classes[tick], 24) for tick in ticks]
+    size = 9 if named else 7
+    axes.set_xticks(ticks, names, rotation=90, fontsize=size)
+    axes.set_yticks(ticks, names, fontsize=size)
+    axes.set(xlabel="taken for", ylabel="class", title=title)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, ticks=[0, 1, 5, 20, 50, 100])
+    bar.set_label("% of the class's images")
+    if named:
+        for row, column in zip(*np.nonzero(confusion), strict=True):
+            share = 100 * shares[row, column]
+            ink = "white" if share > 35 else "black"
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8 if count > 12 else 9, color=ink)
+    else:
+        _plot_mistakes(figure.add_subplot(grid[0, 1]), mistakes, confusion.sum(axis=1), classes)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format=path.suffix[1:])
+
+
+_NAMED_CELLS = 25
+
+
+def _plot_mistakes(
+    axes: Any, mistakes: Sequence[tuple[int, int, int]], totals: npt.NDArray[np.int64], classes: Sequence[str]
+) -> None:
+    """Mistakes as bars, the first on top."""
+    axes.barh(range(len(mistakes)), [100 * images / totals[row] for row, _, images in mistakes], color="#9ecae1")
+    for place, (row, column, images) in enumerate(mistakes):
+        text = f"{_shorten(classes[row], 22)} → {_shorten(classes[column], 22)}   {images} of {totals[row]}"
+        axes.text(0.3, place, text, va="center", fontsize=8)
+    axes.set(title="most frequent mistakes", xlabel="% of the class's images", yticks=[])
+    axes.invert_yaxis()
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
