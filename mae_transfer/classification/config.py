@@ -46,6 +46,11 @@ class DataConfig(ImagesConfig):
             raise ConfigError(f"data.eval_crop={self.eval_crop} must be above 0 and at most 1")
 
     @property
+    def crop_share(self) -> float:
+        """``eval_crop`` without null: as the released code tests."""
+        return self.eval_crop or (224 / 256 if max(self.size) <= 224 else 1.0)
+
+    @property
     def train_roots(self) -> list[Path]:
         if self.train is None:
             raise ConfigError("data.train is not set; name the folder of training images: data.train=FOLDER")
@@ -320,13 +325,12 @@ class ClassificationConfig:
             mean, std = self.data.mean or list(info.mean), self.data.std or list(info.std)
         size = self.data.size
         check_whole_patches(size, pair(model.patch_size, "model.patch_size"))
-        eval_crop = self.data.eval_crop or (224 / 256 if max(size) <= 224 else 1.0)  # as the released code
         partial = self.partial
         if self.protocol == "partial" and partial.blocks is None:
             partial = PartialConfig(blocks=1.0)
         result = replace(
             self,
-            data=replace(self.data, image_size=list(size), mean=mean, std=std, eval_crop=eval_crop),
+            data=replace(self.data, image_size=list(size), mean=mean, std=std, eval_crop=self.data.crop_share),
             model=model,
             augment=AugmentSection(**dataclasses.asdict(self.augmentation)),
             partial=partial,

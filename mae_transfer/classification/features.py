@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae_transfer.classification.evaluate import readable_batches
+from mae_transfer.classification.evaluate import Setting, readable_batches
 from mae_transfer.classification.images import LabelledBatch
 from mae_transfer.data.sampler import SampleKey
 from mae_transfer.data.source import Source
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def encode_all(run: ClassificationRun, source: Source, what: str) -> tuple[Tensor, np.ndarray]:
     """The features of every image of ``source``, seen as in evaluation.
 
     Processes share the images and all get all features: N·D·4 bytes of each one's memory (3.7 GiB for the 1.28 million
-    of ImageNet and ViT-B). Every process must call this; the model is in evaluation mode meanwhile and afterwards as
-    it was.
+    of ImageNet and ViT-B). Every process must call this.
 
     Args:
         what: the key that the images were given by, for messages.
@@ -41,22 +39,17 @@ def encode_all(run: ClassificationRun, source: Source, what: str) -> tuple[Tenso
         RunFailed: more unreadable images than ``data.max_unreadable`` allows.
     """
     before = time.perf_counter()
-    features = torch.zeros(0)
+    setting = Setting.of(run)
+    features = torch.zeros(len(source), run.model.width)
     readable = torch.zeros(len(source))
-    training = run.model.training
-    run.model.eval()
-    try:
-        for batch in readable_batches(run, source, what):
-            with run.precision.autocast():
-                encoded = run.model.encode(run.to_device(batch.images)).float().cpu()  # (n, D)
-            if not len(features):
-                features = torch.zeros(len(source), encoded.shape[1])
+    with setting.evaluating():
+        for batch in readable_batches(setting, source, what):
+            with setting.precision.autocast():
+                encoded = run.model.encode(setting.to_device(batch.images)).float().cpu()  # (n, D)
             if batch.counts:
                 rows = slice(batch.indices.start, batch.indices.stop)
                 features[rows] = torch.where(batch.readable[:, None], encoded, 0)
                 readable[rows] = batch.readable.float()
-    finally:
-        run.model.train(training)
     features, readable = run.processes.sum(features), run.processes.sum(readable)  # rows of others are zero here
     logger.info("encoded the %d images of %s in %.0f s", len(source), what, time.perf_counter() - before)
     return features, readable.bool().numpy()

@@ -57,14 +57,13 @@ class LabelledImages(Dataset[LabelledBatch]):
 
     def __init__(self, source: Source, labels: np.ndarray, *, config: ClassificationConfig, seed: int) -> None:
         data, augment = config.data, config.augmentation
-        assert data.eval_crop is not None
         self.source = source
         self.labels = labels
         self.augment = augment
         self.seed = seed
         self.size = data.size
         self.scale = (data.crop_scale[0], data.crop_scale[1])
-        self.eval_crop = data.eval_crop
+        self.crop_share = data.crop_share
         auto = None if augment.auto == "none" else augment.auto
         self.recolour = Recolour(auto, augment.color_jitter, size=data.size, mean=data.normalisation[0])
 
@@ -96,7 +95,7 @@ class LabelledImages(Dataset[LabelledBatch]):
 
     def _views(self, keys: Sequence[SampleKey], picture: Picture) -> list[Tensor]:
         if self.augment.kind == "none":
-            return [evaluation_view(picture, size=self.size, crop=self.eval_crop)] * len(keys)
+            return [evaluation_view(picture, size=self.size, crop=self.crop_share)] * len(keys)
         size = (picture.height, picture.width)
         crops = [
             draw_crop(self._draws(Purpose.CROP, key), image_size=size, scale=self.scale, flip=self.augment.flip)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mae_transfer.classification.evaluate import predict
+from mae_transfer.classification.evaluate import Setting, predict
 from mae_transfer.classification.metrics import Predictions, most_confused, per_class
 from mae_transfer.engine.files import write_text
 from mae_transfer.engine.run_folder import RunFolder
@@ -32,7 +32,7 @@ def write_report(run: ClassificationRun, folder: RunFolder, predictions: Predict
         predictions: what is known already; by default every image is looked at once more.
     """
     if predictions is None:
-        (predictions,) = predict(run, run.val_source, run.val_labels)
+        (predictions,) = predict(Setting.of(run), run.val_source, run.val_labels)
     if run.processes.is_main:
         write_files(folder.root, predictions, run.classes)
 
