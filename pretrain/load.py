@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_transfer.checkpoint import EncoderInfo, encoder_state, read_checkpoint
-from mae_transfer.checkpoint.sharded import is_sharded
-from mae_transfer.engine.checkpoints import latest_checkpoint
+from mae_transfer.engine.run_folder import weights_file
 from mae_transfer.errors import CheckpointError
 from mae_transfer.position import resize_pos_embed
 from mae_transfer.sizes import SIZES
@@ -30,7 +29,7 @@ def load_mae(path: str | Path) -> LoadedMAE:
     Raises:
         CheckpointError: unreadable, of another family, or without a decoder.
     """
-    path = _model_file(Path(path))
+    path = weights_file(Path(path))
     checkpoint = read_checkpoint(path)
     tensors, info = checkpoint.tensors, checkpoint.info
     if "decoder_pred.weight" not in tensors:
@@ -84,7 +83,7 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path) -> str:
     Raises:
         CheckpointError: unreadable, or an encoder or a decoder of another architecture. The model is left untouched.
     """
-    path = _model_file(Path(path))
+    path = weights_file(Path(path))
     checkpoint = read_checkpoint(path)
     if checkpoint.info.positions != model.positions:
         raise CheckpointError(
@@ -114,16 +113,6 @@ def load_initial_weights(model: MaskedAutoencoder, path: str | Path) -> str:
         )
     model.load_state_dict(given)
     return f"{path}: {what}"
-
-
-def _model_file(path: Path) -> Path:
-    if not path.is_dir() or is_sharded(path):
-        return path
-    finished = path / "model.safetensors"
-    found = finished if finished.is_file() else latest_checkpoint(path / "checkpoints")
-    if found is None:
-        raise CheckpointError(f"{path} holds neither model.safetensors nor a training state in checkpoints/")
-    return found
 
 
 def _decoder_heads(decoder_width: int, path: Path) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_transfer.checkpoint import describe
+from mae_transfer.data.batches import open_images
 from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.objective import Objective, open_once
 from mae_transfer.engine.optimizer import build_optimizer, decay_groups, is_not_decayed
@@ -36,7 +37,7 @@ class PretrainRun(Objective[MaskedBatch]):
 
     def __init__(self, config: PretrainConfig, processes: Processes) -> None:
         self.config = config
-        source = open_once(config.data, config.data.roots, processes)
+        source = open_once(lambda: open_images(config.data, config.data.roots), processes)
         super().__init__(config, processes, source=source, optim=config.optim)
         self.sampler = build_sampler(config.mask.kind, config.grid, config.mask.ratio)
         self.dataset = MaskedImages(source, data=config.data, sampler=self.sampler, seed=config.run.seed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mae_transfer.engine.work import block_flops
 from mae_transfer.errors import ConfigError, nearest
 from pretrain.config import PretrainConfig
 from pretrain.cross_decoder import num_predicted
@@ -85,11 +86,6 @@ def forward_flops(model: MaskedAutoencoder, *, mask_ratio: float | None = None) 
 def training_flops(model: MaskedAutoencoder, *, mask_ratio: float | None = None) -> int:
     """Of one image's forward and backward pass: the backward pass multiplies each matrix twice."""
     return 3 * forward_flops(model, mask_ratio=mask_ratio)
-
-
-def block_flops(tokens: int, width: int, hidden: int) -> int:
-    """One transformer block: qkv and output projection, attention, MLP."""
-    return 2 * tokens * (4 * width * width + 2 * width * hidden) + 4 * tokens * tokens * width
 
 
 def cross_block_flops(queries: int, tokens: int, encoder_width: int, width: int, hidden: int) -> int:

@@ -72,9 +72,12 @@ class KeyedBatches(Protocol[BatchT_co]):
 def open_images(data: ImagesConfig, roots: Sequence[Path]) -> Source:
     """The images at ``roots``, decoded once into memory if ``data.cache`` says so."""
     source = open_source(roots, channels=data.channels, floats=data.own_statistics, cache=data.scan_cache_folder)
-    if data.cache == "ram":
-        return CachedImages(source, limit_bytes=int(data.cache_gib * 2**30))
-    return source
+    return cached(source, data)
+
+
+def cached(source: Source, data: ImagesConfig) -> Source:
+    """``source``, decoded once into memory if ``data.cache`` says so."""
+    return CachedImages(source, limit_bytes=int(data.cache_gib * 2**30)) if data.cache == "ram" else source
 
 
 def read_or_replace(

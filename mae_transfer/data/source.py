@@ -191,6 +191,36 @@ def read_file(path: str | Path) -> bytes:
         raise DataError(f"cannot read image {path}: {error.strerror}") from error
 
 
+class Subset(Source):
+    """Some images of a source, numbered anew in the order of ``indices``; labels and classes are those of the whole."""
+
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
+        super().__init__(channels=source.channels, floats=source.floats)
+        self.source = source
+        self.indices = np.asarray(indices, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def encoded(self, index: int) -> bytes:
+        return self.source.encoded(int(self.indices[index]))
+
+    def picture(self, index: int) -> Picture:
+        return self.source.picture(int(self.indices[index]))
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        labels = self.source.labels
+        return None if labels is None else labels[self.indices]
+
+    @property
+    def classes(self) -> list[str] | None:
+        return self.source.classes
+
+
 class CachedImages(Source):
     """The images of a source decoded once and kept in one block of memory.
 

@@ -7,7 +7,7 @@ trainer; a subclass brings the model, the loss and what a batch holds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_transfer.checkpoint import encoder_state
-from mae_transfer.data.batches import Batch, KeyedBatches, UnreadableCount, batch_stream, open_images
+from mae_transfer.data.batches import Batch, KeyedBatches, UnreadableCount, batch_stream
 from mae_transfer.data.sampler import StepSampler, num_steps
 from mae_transfer.data.settings import ImagesConfig
 from mae_transfer.data.source import Source
@@ -84,7 +84,7 @@ class Objective(ABC, Generic[BatchT]):
         batch_size = config.train.batch_size
         self.num_samples = len(source)
         self.epoch_samples = self.num_samples * config.data.repeats  # crops
-        self.num_steps = self._num_steps()
+        self.num_steps = self.count_steps()
         self.mean, self.std = config.data.normalisation
         self.unreadable = UnreadableCount(num_samples=self.num_samples, limit=config.data.max_unreadable)
         self.schedule = warmup_cosine(
@@ -125,7 +125,8 @@ class Objective(ABC, Generic[BatchT]):
         self.unreadable.merge(*self.processes.gather(sorted(self.unreadable.seen)))
         self.unreadable.check()
 
-    def _num_steps(self) -> int:
+    def count_steps(self) -> int:
+        """The length of the run. Raises ConfigError where it is not given."""
         train = self.settings.train
         if train.steps is not None:
             return train.steps
@@ -233,13 +234,12 @@ class Objective(ABC, Generic[BatchT]):
             write_weights(encoder, encoder_state(state), self.metadata())
 
 
-def open_once(data: ImagesConfig, roots: list[Path], processes: Processes) -> Source:
-    """The images at ``roots``. The main process looks first: what a scan of a large folder finds is kept for the
-    others.
+def open_once(opened: Callable[[], Source], processes: Processes) -> Source:
+    """What ``opened`` opens. The main process looks first: what a scan of a large folder finds is kept for the others.
 
     Raises:
         DataError: no images.
     """
     found: list[Source] = []
-    processes.on_main(lambda: found.append(open_images(data, roots)))
-    return found[0] if found else open_images(data, roots)
+    processes.on_main(lambda: found.append(opened()))
+    return found[0] if found else opened()

@@ -28,7 +28,7 @@ from mae_transfer.engine.checkpoints import (
     verify_checkpoint,
 )
 from mae_transfer.engine.files import write_text
-from mae_transfer.errors import ConfigError
+from mae_transfer.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +173,21 @@ def _checkpoint_to_resume(folder: RunFolder, resume: str) -> Path | None:
         raise ConfigError(f"run.resume={resume} is neither auto, never, a checkpoint nor a run folder")
     verify_checkpoint(path)
     return path
+
+
+def weights_file(path: Path) -> Path:
+    """``path``, or of a run folder its ``model.safetensors``, or the newest training state while it still runs.
+
+    Raises:
+        CheckpointError: a folder that holds neither.
+    """
+    if not path.is_dir() or is_sharded(path):
+        return path
+    finished = path / "model.safetensors"
+    found = finished if finished.is_file() else latest_checkpoint(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{path} holds neither model.safetensors nor a training state in checkpoints/")
+    return found
 
 
 def git_commit() -> str:

@@ -1,0 +1,153 @@
+"""The classification objective on the engine: data, model, optimiser and loss of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mae_transfer.checkpoint import describe
+from mae_transfer.classification.augment import check_micro_batch, finish_batch
+from mae_transfer.classification.config import ClassificationConfig
+from mae_transfer.classification.features import CachedFeatures, encode_all
+from mae_transfer.classification.images import LabelledBatch, LabelledImages
+from mae_transfer.classification.model import Classifier, load_encoder
+from mae_transfer.data.batches import KeyedBatches, cached
+from mae_transfer.data.choice import matching_labels
+from mae_transfer.data.find import open_source
+from mae_transfer.data.share import choose_share
+from mae_transfer.data.source import Source, Subset
+from mae_transfer.engine.distribution import Processes
+from mae_transfer.engine.objective import Objective, open_once
+from mae_transfer.engine.optimizer import build_optimizer
+from mae_transfer.engine.run_folder import git_commit
+from mae_transfer.engine.work import encoder_training_flops
+from mae_transfer.layer_decay import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+
+class ClassificationRun(Objective[LabelledBatch]):
+    """Everything of a classification run but its folder and its loop.
+
+    Attributes:
+        config: resolved.
+        source, labels: the training images after ``data.fraction``, and their classes (N,).
+        val_source, val_labels: the validation images, labels numbered as the training images'.
+        classes: names by number.
+
+    Raises:
+        DataError: no images. ConfigError: no labels, classes that only the validation images have, numbers that do not
+            fit together. CheckpointError: an encoder that does not fit.
+    """
+
+    model: Classifier
+
+    def __init__(self, config: ClassificationConfig, processes: Processes) -> None:
+        self.given = config
+        self.config = config.resolved()
+        data = self.config.data
+        train = open_once(lambda: self._open(data.train_roots), processes)
+        val = open_once(lambda: self._open(data.val_roots), processes)
+        labels, self.val_labels = matching_labels(train, val, keys=("data.train", "data.val"))
+        self.classes = train.classes or [str(number) for number in range(int(labels.max()) + 1)]
+        chosen = choose_by_class(train, labels, data.fraction, seed=data.fraction_seed)
+        self.labels = labels[chosen]
+        self.val_source = cached(val, data)
+        source = cached(train if len(chosen) == len(train) else Subset(train, chosen), data)
+        super().__init__(self.config, processes, source=source, optim=self.config.optimizer)
+        check_micro_batch(self.config.augmentation, self.step_sampler(0).micro_batch_size)
+        self.model = self._build_model().to(processes.device)
+        self.sample_flops = encoder_training_flops(self.model, frozen_blocks=self.model.frozen_blocks)
+
+    def _open(self, roots: Sequence[Path]) -> Source:
+        """Labelled images of a run; float values are taken as they are where their statistics were given."""
+        data = self.given.data
+        return open_source(roots, channels=data.channels, floats=data.own_statistics, cache=data.scan_cache_folder)
+
+    def _build_model(self) -> Classifier:
+        """The classifier, weights drawn from ``run.seed``, its encoder from the checkpoint, its frozen part frozen."""
+        config = self.config
+        assert config.model.pool is not None
+        torch.manual_seed(config.run.seed)
+        model = Classifier(
+            num_classes=len(self.classes),
+            pool=config.model.pool,
+            probe=not config.trains_encoder,
+            **config.encoder_arguments,
+        )
+        if config.init_checkpoint is not None:
+            logger.info("%s", load_encoder(model, config.init_checkpoint))
+        if config.protocol != "finetune":
+            model.train_last(config.layers)
+        return model
+
+    @property
+    def dataset(self) -> KeyedBatches[LabelledBatch]:  # type: ignore[override]  # made when it is first asked for
+        """What micro-batches are made of: images, or their features where these never change."""
+        if self._dataset is None:
+            self._dataset = self._make_dataset()
+        return self._dataset
+
+    _dataset: KeyedBatches[LabelledBatch] | None = None
+
+    def _make_dataset(self) -> KeyedBatches[LabelledBatch]:
+        if self.config.protocol == "linear" and self.config.augmentation.kind == "none":
+            features, readable = encode_all(self, self.source, "data.train")
+            return CachedFeatures(features, self.labels, readable)
+        return LabelledImages(self.source, self.labels, config=self.config, seed=self.config.run.seed)
+
+    def count_steps(self) -> int:
+        return 1 if self.config.protocol == "knn" else super().count_steps()
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Learning rates by layer (BEiT; paper, Table 9); 1-D parameters, positions and tokens are not decayed."""
+        groups = parameter_groups(
+            self.model,
+            depth=self.model.depth,
+            rate=self.optim.layer_decay,
+            lr=self.optim.base_lr,
+            weight_decay=self.optim.weight_decay,
+        )
+        return build_optimizer(groups, self.optim)
+
+    def loss(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
+        """Mean cross-entropy of a micro-batch, whose labels are soft where images are mixed."""
+        augment = self.config.augmentation
+        images, targets = finish_batch(
+            batch, config=augment, mean=self.mean, std=self.std, num_classes=len(self.classes)
+        )
+        logits = model(images).float()
+        smoothing = 0.0 if targets.is_floating_point() else augment.smoothing  # mixed labels hold it already
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    def metadata(self) -> dict[str, str]:
+        """What transfer needs to know of the encoder, and a reader of the head of its classes."""
+        info = describe(self.model, mean=tuple(self.mean), std=tuple(self.std), git_commit=git_commit())
+        own = {"protocol": self.config.protocol, "pool": str(self.config.model.pool)}
+        return {**info.to_metadata(), **own, "classes": json.dumps(self.classes)}
+
+
+def choose_by_class(source: Source, labels: np.ndarray, fraction: float, *, seed: int) -> np.ndarray:
+    """Indices, ascending, of a share of the images of each class, which depends on the files' names and ``seed``: not
+    on where the folder lies.
+
+    Raises:
+        ConfigError: the fraction is not above 0 and at most 1.
+    """
+    if fraction == 1:
+        return np.arange(len(labels))
+    chosen: list[int] = []
+    for label in np.unique(labels):
+        names = {source.name(int(index)): int(index) for index in np.flatnonzero(labels == label)}
+        folder = os.path.commonpath(names)
+        short = {os.path.relpath(name, folder): index for name, index in names.items()}
+        chosen += [short[name] for name in choose_share(list(short), fraction, seed=seed, key="data.fraction")]
+    return np.array(sorted(chosen), np.int64)
