@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mae_transfer.data.draws import Draws
@@ -114,7 +114,30 @@ def _timm_transform(
             f"augment.auto={auto} is no policy of timm's ({error}); expected something like rand-m9-mstd0.5-inc1, or "
             "none"
         ) from error
+    for operation in _operations(transform):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
     return transform
+
+
+def _operations(transform: Any) -> Iterator[Any]:
+    """The operations of timm's policies in a composed transform."""
+    if isinstance(transform, list | tuple):
+        for part in transform:
+            yield from _operations(part)
+    elif hasattr(transform, "aug_fn"):
+        yield transform
+    else:
+        for name in ("transforms", "ops", "policy"):  # of Compose, of RandAugment and AugMix, of AutoAugment
+            yield from _operations(list(getattr(transform, name, ())))
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keep the upper bits of each value. RandAugment's magnitude of 10 keeps none, which is black; Pillow refuses that
+    from version 13 on, and timm asks for it nevertheless."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, min(bits_to_keep, 8))
 
 
 @dataclass(frozen=True, kw_only=True)

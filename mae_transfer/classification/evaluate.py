@@ -3,90 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from mae_transfer.classification.images import EvaluationBatch, EvaluationImages, evaluation_batches
+from mae_transfer.classification.features import Encoded, encode
 from mae_transfer.classification.metrics import Collector, Predictions
-from mae_transfer.data.batches import UnreadableCount
+from mae_transfer.classification.setting import Setting, readable_batches
 from mae_transfer.data.source import Source
-from mae_transfer.data.transforms import normalise
 from mae_transfer.engine.distribution import Processes
-from mae_transfer.engine.precision import Precision
 from mae_transfer.engine.trainer import Hook
 
 if TYPE_CHECKING:
-    from mae_transfer.classification.config import DataConfig
-    from mae_transfer.classification.model import Classifier
     from mae_transfer.classification.objective import ClassificationRun
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """Which model sees images, how it is shown them, and where.
-
-    Attributes:
-        data: says the images' size, crop and reading.
-        mean, std: of each channel.
-    """
-
-    model: Classifier
-    data: DataConfig
-    mean: Sequence[float]
-    std: Sequence[float]
-    precision: Precision
-    processes: Processes
-
-    @classmethod
-    def of(cls, run: ClassificationRun) -> Setting:
-        return cls(
-            model=run.model,
-            data=run.config.data,
-            mean=run.mean,
-            std=run.std,
-            precision=run.precision,
-            processes=run.processes,
-        )
-
-    def to_device(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) as decoded to normalised float32 where the model is."""
-        return normalise(images.to(self.processes.device, non_blocking=True), self.mean, self.std)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode for the block, without gradients; afterwards as it was."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.model.train(training)
-
-
-def readable_batches(setting: Setting, source: Source, what: str) -> Iterator[EvaluationBatch]:
-    """This process's share of the images of ``source``; what cannot be read is named in a warning and marked.
-
-    Raises:
-        RunFailed: more unreadable images than ``data.max_unreadable`` allows.
-    """
-    data = setting.data
-    images = EvaluationImages(source, size=data.size, crop=data.crop_share)
-    count = UnreadableCount(num_samples=len(source), limit=data.max_unreadable)
-    for batch in evaluation_batches(images, setting.processes, workers=data.workers):
-        for reason in (reason for index, reason in batch.unreadable.items() if index not in count.seen):
-            logger.warning("%s; it is left out of %s", reason, what)
-        count.merge(batch.unreadable)
-        count.check()
-        yield batch
+_ROWS = 1024  # of features that the head is asked about at a time
 
 
 def predict(
@@ -125,11 +60,31 @@ def predict(
     return [collector.finish(processes) for collector in collectors]
 
 
+def predict_from(setting: Setting, encoded: Encoded, labels: np.ndarray) -> Predictions:
+    """As ``predict``, of features: every process asks the head about all of them, and none waits for another."""
+    collector = Collector(labels, num_classes=setting.model.num_classes)
+    with setting.evaluating():
+        for start in range(0, len(labels), _ROWS):
+            rows = slice(start, min(start + _ROWS, len(labels)))
+            with setting.precision.autocast():
+                logits = setting.model(encoded.features[rows].to(setting.processes.device)).float()
+            collector.add(range(rows.start, rows.stop), logits, encoded.readable[rows])
+    return collector.finish(Processes(device=setting.processes.device))
+
+
 def evaluation_hook(run: ClassificationRun) -> Hook:
     """Top-1, top-5 and loss on ``data.val`` every ``log.evaluate_every_epochs``, and after the last step."""
+    # An encoder that never changes sees the images once; from then on its head alone is asked.
+    cached: list[Encoded] = []
 
     def evaluate(step: int) -> Mapping[str, float]:
-        (predictions,) = predict(Setting.of(run), run.val_source, run.val_labels)
+        setting = Setting.of(run)
+        if run.config.trains_encoder:
+            (predictions,) = predict(setting, run.val_source, run.val_labels)
+        else:
+            if not cached:
+                cached.append(encode(setting, run.val_source, "data.val"))
+            predictions = predict_from(setting, cached[0], run.val_labels)
         logger.info("step %d: %s, loss %.4f", step, predictions.summary(), predictions.mean_loss)
         return {"val_top1": predictions.top(1), "val_top5": predictions.top(5), "val_loss": predictions.mean_loss}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mae_transfer.classification.evaluate import Setting, readable_batches
 from mae_transfer.classification.images import LabelledBatch
+from mae_transfer.classification.setting import Setting, readable_batches
 from mae_transfer.data.sampler import SampleKey
 from mae_transfer.data.source import Source
 
@@ -23,36 +24,51 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def encode_all(run: ClassificationRun, source: Source, what: str) -> tuple[Tensor, np.ndarray]:
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Features of images.
+
+    Attributes:
+        features: (N, D) float32 on the CPU; zero for images that could not be read.
+        readable: (N,) bool.
+    """
+
+    features: Tensor
+    readable: Tensor
+
+
+def encode(setting: Setting, source: Source, what: str) -> Encoded:
     """The features of every image of ``source``, seen as in evaluation.
 
     Processes share the images and all get all features: N·D·4 bytes of each one's memory (3.7 GiB for the 1.28 million
     of ImageNet and ViT-B). Every process must call this.
 
     Args:
-        what: the key that the images were given by, for messages.
-
-    Returns:
-        (N, D) float32 on the CPU, and (N,) bool: which images could be read; the features of others are zero.
+        what: what the images are called in messages.
 
     Raises:
         RunFailed: more unreadable images than ``data.max_unreadable`` allows.
     """
     before = time.perf_counter()
-    setting = Setting.of(run)
-    features = torch.zeros(len(source), run.model.width)
+    features = torch.zeros(len(source), setting.model.width)
     readable = torch.zeros(len(source))
     with setting.evaluating():
         for batch in readable_batches(setting, source, what):
             with setting.precision.autocast():
-                encoded = run.model.encode(setting.to_device(batch.images)).float().cpu()  # (n, D)
+                encoded = setting.model.encode(setting.to_device(batch.images)).float().cpu()  # (n, D)
             if batch.counts:
                 rows = slice(batch.indices.start, batch.indices.stop)
                 features[rows] = torch.where(batch.readable[:, None], encoded, 0)
                 readable[rows] = batch.readable.float()
-    features, readable = run.processes.sum(features), run.processes.sum(readable)  # rows of others are zero here
+    features, readable = setting.processes.sum(features), setting.processes.sum(readable)  # rows of others are zero
     logger.info("encoded the %d images of %s in %.0f s", len(source), what, time.perf_counter() - before)
-    return features, readable.bool().numpy()
+    return Encoded(features=features, readable=readable.bool())
+
+
+def encode_all(run: ClassificationRun, source: Source, what: str) -> tuple[Tensor, np.ndarray]:
+    """``encode`` for a run: features (N, D), and which images could be read (N,) bool."""
+    encoded = encode(Setting.of(run), source, what)
+    return encoded.features, encoded.readable.numpy()
 
 
 class CachedFeatures(Dataset[LabelledBatch]):

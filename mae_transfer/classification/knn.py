@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae_transfer.classification.features import encode_all
+from mae_transfer.classification.features import encode
 from mae_transfer.classification.metrics import Collector, Predictions
+from mae_transfer.classification.setting import Setting
 from mae_transfer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,19 +93,19 @@ def run_knn(run: ClassificationRun) -> tuple[dict[str, float], Predictions]:
     Raises:
         ConfigError: a k larger than the training set. RunFailed: too many unreadable images.
     """
-    train, readable = encode_all(run, run.source, "data.train")
-    features, seen = encode_all(run, run.val_source, "data.val")
-    rows = np.flatnonzero(readable)
+    setting = Setting.of(run)
+    train, asked = encode(setting, run.source, "data.train"), encode(setting, run.val_source, "data.val")
+    rows = np.flatnonzero(train.readable)
     own = _own_numbers(run, rows)
     device, config = run.processes.device, run.config.knn
     collectors = {k: Collector(run.val_labels, num_classes=run.model.num_classes) for k in config.k}
     # Consecutive shares: each process asks for its own images, all of them know all training images.
-    share = -(-len(features) // run.processes.world_size)
-    first = min(run.processes.rank * share, len(features))
-    last = min(first + share, len(features))
+    share = -(-len(asked.features) // run.processes.world_size)
+    first = min(run.processes.rank * share, len(asked.features))
+    last = min(first + share, len(asked.features))
     for places, scores in knn_scores(
-        features[first:last].to(device),
-        train_features=train[torch.from_numpy(rows)].to(device),
+        asked.features[first:last].to(device),
+        train_features=train.features[torch.from_numpy(rows)].to(device),
         train_labels=torch.from_numpy(run.labels[rows]).to(device),
         num_classes=run.model.num_classes,
         ks=config.k,
@@ -113,7 +114,7 @@ def run_knn(run: ClassificationRun) -> tuple[dict[str, float], Predictions]:
     ):
         indices = range(first + places.start, first + places.stop)
         for k, votes in scores.items():
-            collectors[k].add(indices, votes, torch.from_numpy(seen[indices.start : indices.stop]), are_logits=False)
+            collectors[k].add(indices, votes, asked.readable[indices.start : indices.stop], are_logits=False)
     found = {k: collector.finish(run.processes) for k, collector in collectors.items()}
     for k, predictions in found.items():
         logger.info("%d nearest neighbours: %s", k, predictions.summary())

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mae_transfer.classification.evaluate import Setting, predict
+from mae_transfer.classification.evaluate import predict
 from mae_transfer.classification.metrics import Predictions, most_confused, per_class
+from mae_transfer.classification.setting import Setting
 from mae_transfer.engine.files import write_text
 from mae_transfer.engine.run_folder import RunFolder
 from mae_transfer.visualize import plot_confusion

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import timm.data.random_erasing
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from torchvision.transforms import Compose
 
 from mae_transfer.classification.augment import (
     Recolour,
+    _operations,
     check_micro_batch,
     draw_erased,
     drawing_from,
@@ -67,6 +68,21 @@ def test_policies_are_those_of_timms_training_transform(auto: str) -> None:
         assert np.array_equal(got, expected)
         changed += not np.array_equal(got, np.array(image))
     assert changed > 10
+
+
+def test_a_posterized_picture_may_keep_no_bit() -> None:
+    """At magnitude 10 timm asks Pillow to keep 0 bits, which Pillow 13 refuses."""
+    image = torch.from_numpy(np.array(picture(0, (32, 32))))
+    strongest = Recolour("rand-m10-mstd0-inc1-n15-p1", 0.0, size=(32, 32), mean=MEAN)
+    assert any(strongest(image, word).max() == 0 for word in range(20))
+    for number, operation in enumerate(_operations(strongest._transform)):
+        if operation.name.startswith("Posterize"):
+            bits = operation.level_fn(9, operation.hparams)[0]
+            expected = ImageOps.posterize(picture(number, (8, 8)), bits)
+            assert np.array_equal(operation.aug_fn(picture(number, (8, 8)), bits), expected)
+            break
+    else:
+        pytest.fail("no such operation")
 
 
 def test_colour_jitter_is_torchvisions_and_works_beside_a_policy_and_on_gray_pictures() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from mae_transfer.classification.config import KnnConfig
-from mae_transfer.classification.evaluate import Setting, evaluation_hook, predict
-from mae_transfer.classification.features import CachedFeatures, encode_all
+from mae_transfer.classification.evaluate import evaluation_hook, predict
+from mae_transfer.classification.features import CachedFeatures, encode
 from mae_transfer.classification.knn import run_knn
 from mae_transfer.classification.model import Classifier
+from mae_transfer.classification.setting import Setting
 from mae_transfer.data.find import open_source
 from mae_transfer.data.sampler import SampleKey
 from mae_transfer.engine.distribution import Processes
@@ -128,6 +130,21 @@ def test_the_hook_gives_numbers_and_leaves_the_model_training(train: Path, val: 
     assert not any(parameter.grad is not None for parameter in run.model.parameters())
 
 
+def test_a_linear_probe_encodes_the_images_once(train: Path, val: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    run = a_run(train, val, Processes(device=CPU), protocol="linear")
+    hook = evaluation_hook(run)
+    expected, *_ = predict(Setting.of(run), run.val_source, run.val_labels)
+    for step in (10, 20):
+        numbers = hook.run(step)
+        assert numbers["val_top1"] == expected.top(1)
+        assert numbers["val_loss"] == pytest.approx(expected.mean_loss, rel=1e-5)
+    assert caplog.text.count("encoded the 20 images of data.val") == 1
+    torch.nn.init.zeros_(run.model.head.weight)  # the head as it is now, on features as they were
+    torch.nn.init.zeros_(run.model.head.bias)
+    assert hook.run(30)["val_loss"] == pytest.approx(np.log(4), rel=1e-6)
+
+
 def test_unreadable_images_are_named_left_out_and_counted(
     train: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,10 +163,10 @@ def test_unreadable_images_are_named_left_out_and_counted(
 def test_features_of_all_images(train: Path, val: Path, world_size: int) -> None:
     for processes in processes_of(world_size):
         run = a_run(train, val, processes)
-        features, readable = encode_all(run, run.source, "data.train")
+        encoded = encode(Setting.of(run), run.source, "data.train")
     expected, _ = theirs(train, run.model, features=True)
-    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
-    assert readable.all() and not features.requires_grad
+    torch.testing.assert_close(encoded.features, expected, rtol=1e-4, atol=1e-5)
+    assert encoded.readable.all() and not encoded.features.requires_grad
 
 
 def test_cached_features_take_the_place_of_images() -> None:

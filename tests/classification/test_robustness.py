@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_transfer.classification.evaluate import Setting, predict
+from mae_transfer.classification.evaluate import predict
 from mae_transfer.classification.labels import class_numbers, read_class_map
 from mae_transfer.classification.model import LoadedClassifier
 from mae_transfer.classification.robustness import evaluate_folders, known_classes, result_table
+from mae_transfer.classification.setting import Setting
 from mae_transfer.data.find import open_source
 from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.precision import Precision

@@ -1,0 +1,86 @@
+"""How a model is shown images that it is not trained on: each once over all processes, as in evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mae_transfer.classification.images import EvaluationBatch, EvaluationImages, evaluation_batches
+from mae_transfer.data.batches import UnreadableCount
+from mae_transfer.data.source import Source
+from mae_transfer.data.transforms import normalise
+from mae_transfer.engine.distribution import Processes
+from mae_transfer.engine.precision import Precision
+
+if TYPE_CHECKING:
+    from mae_transfer.classification.config import DataConfig
+    from mae_transfer.classification.model import Classifier
+    from mae_transfer.classification.objective import ClassificationRun
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Which model sees images, how it is shown them, and where.
+
+    Attributes:
+        data: says the images' size, crop and reading.
+        mean, std: of each channel.
+    """
+
+    model: Classifier
+    data: DataConfig
+    mean: Sequence[float]
+    std: Sequence[float]
+    precision: Precision
+    processes: Processes
+
+    @classmethod
+    def of(cls, run: ClassificationRun) -> Setting:
+        return cls(
+            model=run.model,
+            data=run.config.data,
+            mean=run.mean,
+            std=run.std,
+            precision=run.precision,
+            processes=run.processes,
+        )
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) as decoded to normalised float32 where the model is."""
+        return normalise(images.to(self.processes.device, non_blocking=True), self.mean, self.std)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode for the block, without gradients; afterwards as it was."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+
+def readable_batches(setting: Setting, source: Source, what: str) -> Iterator[EvaluationBatch]:
+    """This process's share of the images of ``source``; what cannot be read is named in a warning and marked.
+
+    Raises:
+        RunFailed: more unreadable images than ``data.max_unreadable`` allows.
+    """
+    data = setting.data
+    images = EvaluationImages(source, size=data.size, crop=data.crop_share)
+    count = UnreadableCount(num_samples=len(source), limit=data.max_unreadable)
+    for batch in evaluation_batches(images, setting.processes, workers=data.workers):
+        for reason in (reason for index, reason in batch.unreadable.items() if index not in count.seen):
+            logger.warning("%s; it is left out of %s", reason, what)
+        count.merge(batch.unreadable)
+        count.check()
+        yield batch
