@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from mae_transfer.classification.config import ClassificationConfig
+from mae_transfer.classification.robustness import evaluate_checkpoint
 from mae_transfer.classification.run import classify
 from mae_transfer.engine.config import read_config, to_yaml
 from mae_transfer.engine.distribution import processes
@@ -35,6 +36,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="set a key of the config")
     action = result.add_mutually_exclusive_group()
     action.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    action.add_argument(
+        "--evaluate",
+        metavar="CHECKPOINT",
+        help="print the accuracy of a trained classifier (file or run folder) on data.val, which may hold any of its "
+        "classes; several folders make a table",
+    )
     return result
 
 
@@ -49,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with processes(config.train.device) as group:
         if not group.is_main:
             logging.getLogger().setLevel(logging.WARNING)
+        if arguments.evaluate is not None:
+            report = evaluate_checkpoint(config, arguments.evaluate, group)
+            if group.is_main:
+                print(report)
+            return 0
         stopped_by = classify(config, group)
     if stopped_by is not None:
         print(f"stopped by {stopped_by}, state saved; continue with run.resume=auto", file=sys.stderr)

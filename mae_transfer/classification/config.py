@@ -292,7 +292,9 @@ class ClassificationConfig:
     @property
     def optimizer(self) -> OptimConfig:
         """``optim.*`` without nulls; of a resolved config, as layer decay is the size's."""
-        if not self.trains_encoder:
+        if self.protocol == "knn":
+            return replace(LINEAR_OPTIM, warmup_epochs=0)  # takes no step
+        if self.protocol == "linear":
             return self.optim.concrete(LINEAR_OPTIM)
         size = SIZES.get(self.model.size or "base", SIZES["base"])
         return self.optim.concrete(replace(FINETUNE_OPTIM, layer_decay=size.finetune_layer_decay))

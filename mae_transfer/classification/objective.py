@@ -18,17 +18,19 @@ from mae_transfer.classification.augment import check_micro_batch, finish_batch
 from mae_transfer.classification.config import ClassificationConfig
 from mae_transfer.classification.features import CachedFeatures, encode_all
 from mae_transfer.classification.images import LabelledBatch, LabelledImages
+from mae_transfer.classification.labels import class_numbers, read_class_map
 from mae_transfer.classification.model import Classifier, load_encoder
 from mae_transfer.data.batches import KeyedBatches, cached
-from mae_transfer.data.choice import matching_labels
 from mae_transfer.data.find import open_source
 from mae_transfer.data.share import choose_share
 from mae_transfer.data.source import Source, Subset
 from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.objective import Objective, open_once
 from mae_transfer.engine.optimizer import build_optimizer
-from mae_transfer.engine.run_folder import git_commit
+from mae_transfer.engine.run_folder import RunFolder, git_commit
+from mae_transfer.engine.trainer import Trainer
 from mae_transfer.engine.work import encoder_training_flops
+from mae_transfer.errors import ConfigError
 from mae_transfer.layer_decay import parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -56,8 +58,19 @@ class ClassificationRun(Objective[LabelledBatch]):
         data = self.config.data
         train = open_once(lambda: self._open(data.train_roots), processes)
         val = open_once(lambda: self._open(data.val_roots), processes)
-        labels, self.val_labels = matching_labels(train, val, keys=("data.train", "data.val"))
+        labels = train.labels
+        if labels is None:
+            raise ConfigError(
+                "data.train has no labels; give a folder of images for each class, or shards or tables that hold labels"
+            )
         self.classes = train.classes or [str(number) for number in range(int(labels.max()) + 1)]
+        self.val_labels = class_numbers(
+            val,
+            train.classes,
+            num_classes=len(self.classes),
+            renamed=read_class_map(data.class_map),
+            key="data.val",
+        )
         chosen = choose_by_class(train, labels, data.fraction, seed=data.fraction_seed)
         self.labels = labels[chosen]
         self.val_source = cached(val, data)
@@ -89,14 +102,10 @@ class ClassificationRun(Objective[LabelledBatch]):
             model.train_last(config.layers)
         return model
 
-    @property
-    def dataset(self) -> KeyedBatches[LabelledBatch]:  # type: ignore[override]  # made when it is first asked for
-        """What micro-batches are made of: images, or their features where these never change."""
-        if self._dataset is None:
-            self._dataset = self._make_dataset()
-        return self._dataset
-
-    _dataset: KeyedBatches[LabelledBatch] | None = None
+    def trainer(self, folder: RunFolder) -> Trainer[LabelledBatch]:
+        # Features that never change are computed here, by a model that is not spread over processes yet.
+        self.dataset = self._make_dataset()
+        return super().trainer(folder)
 
     def _make_dataset(self) -> KeyedBatches[LabelledBatch]:
         if self.config.protocol == "linear" and self.config.augmentation.kind == "none":

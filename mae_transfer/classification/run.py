@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
+import time
+from contextlib import nullcontext
 
 from mae_transfer.classification.config import ClassificationConfig
 from mae_transfer.classification.evaluate import evaluation_hook
+from mae_transfer.classification.knn import run_knn
 from mae_transfer.classification.objective import ClassificationRun
-from mae_transfer.engine.distribution import Processes
-from mae_transfer.engine.metrics import require_wandb
+from mae_transfer.classification.report import write_report
+from mae_transfer.engine.config import to_dict, to_yaml
+from mae_transfer.engine.distribution import Processes, is_restart
+from mae_transfer.engine.metrics import MetricsLog, require_wandb
 from mae_transfer.engine.run import carry_out
-from mae_transfer.engine.run_folder import RunFolder
-from mae_transfer.engine.trainer import Trainer
-
-logger = logging.getLogger(__name__)
+from mae_transfer.engine.run_folder import open_run_folder
 
 # Where images lie and how they are tested does not change what is learned.
 _FREE_ON_RESUME = ("data.train", "data.val", "data.eval_crop", "data.class_map", "knn.")
@@ -34,12 +34,28 @@ def classify(config: ClassificationConfig, processes: Processes) -> str | None:
         require_wandb()
     # First, as a mistake in config or data leaves no folder behind.
     run = ClassificationRun(config, processes)
+    if config.protocol == "knn":
+        find_neighbours(run)
+        return None
+    return carry_out(
+        run,
+        [evaluation_hook(run)],
+        free=_FREE_ON_RESUME,
+        finish=lambda folder, trainer: write_report(run, folder),
+    )
 
-    def finish(folder: RunFolder, trainer: Trainer[Any]) -> None:
-        write_report(run, folder)
 
-    return carry_out(run, [evaluation_hook(run)], free=_FREE_ON_RESUME, finish=finish)
-
-
-def write_report(run: ClassificationRun, folder: RunFolder) -> None:
-    pass
+def find_neighbours(run: ClassificationRun) -> None:
+    """Nearest neighbours, which train nothing: a run folder with one line of metrics and the report."""
+    config, processes = run.config, run.processes
+    folder, _ = processes.on_main(lambda: open_run_folder(config.run, restarted=is_restart()))
+    with folder.in_use() if processes.is_main else nullcontext():
+        numbers, predictions = run_knn(run)
+        write_report(run, folder, predictions)
+        if processes.is_main:
+            folder.write_description(to_yaml(config))
+            log = MetricsLog(
+                folder.metrics, last_step=0, tensorboard=None, wandb=config.log.wandb, config=to_dict(config)
+            )
+            log.write({"step": 0, "epoch": 0.0, **numbers, "time": time.time()})
+            log.close()
