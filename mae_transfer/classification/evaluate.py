@@ -72,21 +72,48 @@ def predict_from(setting: Setting, encoded: Encoded, labels: np.ndarray) -> Pred
     return collector.finish(Processes(device=setting.processes.device))
 
 
-def evaluation_hook(run: ClassificationRun) -> Hook:
-    """Top-1, top-5 and loss on ``data.val`` every ``log.evaluate_every_epochs``, and after the last step."""
-    # An encoder that never changes sees the images once; from then on its head alone is asked.
-    cached: list[Encoded] = []
+class Evaluation:
+    """Top-1, top-5 and loss on ``data.val`` every ``log.evaluate_every_epochs`` and after the last step; with
+    ``train.ema`` of the average of the weights too.
 
-    def evaluate(step: int) -> Mapping[str, float]:
-        setting = Setting.of(run)
+    Attributes:
+        latest: what the model itself said the last time it was asked.
+    """
+
+    def __init__(self, run: ClassificationRun) -> None:
+        self.run = run
+        self.latest: Predictions | None = None
+        # An encoder that never changes sees the images once; from then on its head alone is asked.
+        self._encoded: Encoded | None = None
+
+    @property
+    def hook(self) -> Hook:
+        epochs = self.run.config.log.evaluate_every_epochs
+        return Hook(every_steps=self.run.every(epochs) if epochs else self.run.num_steps, run=self)
+
+    def __call__(self, step: int) -> Mapping[str, float]:
+        self.latest = self._predict()
+        logger.info("step %d: %s, loss %.4f", step, self.latest.summary(), self.latest.mean_loss)
+        numbers = {
+            "val_top1": self.latest.top(1),
+            "val_top5": self.latest.top(5),
+            "val_loss": self.latest.mean_loss,
+        }
+        if self.run.average is None:
+            return numbers
+        with self.run.average.in_place():
+            of_average = self._predict()
+        logger.info("step %d: average of the weights: %s", step, of_average.summary())
+        return numbers | {
+            "val_top1_ema": of_average.top(1),
+            "val_top5_ema": of_average.top(5),
+            "val_loss_ema": of_average.mean_loss,
+        }
+
+    def _predict(self) -> Predictions:
+        run, setting = self.run, Setting.of(self.run)
         if run.config.trains_encoder:
-            (predictions,) = predict(setting, run.val_source, run.val_labels)
-        else:
-            if not cached:
-                cached.append(encode(setting, run.val_source, "data.val"))
-            predictions = predict_from(setting, cached[0], run.val_labels)
-        logger.info("step %d: %s, loss %.4f", step, predictions.summary(), predictions.mean_loss)
-        return {"val_top1": predictions.top(1), "val_top5": predictions.top(5), "val_loss": predictions.mean_loss}
-
-    epochs = run.config.log.evaluate_every_epochs
-    return Hook(every_steps=run.every(epochs) if epochs else run.num_steps, run=evaluate)
+            return predict(setting, run.val_source, run.val_labels)[0]
+        if self._encoded is None:
+            self._encoded = encode(setting, run.val_source, "data.val")
+        return predict_from(setting, self._encoded, run.val_labels)

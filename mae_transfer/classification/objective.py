@@ -25,6 +25,7 @@ from mae_transfer.data.find import open_source
 from mae_transfer.data.share import choose_share
 from mae_transfer.data.source import Source, Subset
 from mae_transfer.engine.distribution import Processes
+from mae_transfer.engine.ema import WeightAverage
 from mae_transfer.engine.objective import Objective, open_once
 from mae_transfer.engine.optimizer import build_optimizer
 from mae_transfer.engine.run_folder import RunFolder, git_commit
@@ -44,6 +45,7 @@ class ClassificationRun(Objective[LabelledBatch]):
         source, labels: the training images after ``data.fraction``, and their classes (N,).
         val_source, val_labels: the validation images, labels numbered as the training images'.
         classes: names by number.
+        average: of the weights, once there is a trainer that keeps one.
 
     Raises:
         DataError: no images. ConfigError: no labels, classes that only the validation images have, numbers that do not
@@ -51,6 +53,7 @@ class ClassificationRun(Objective[LabelledBatch]):
     """
 
     model: Classifier
+    average: WeightAverage | None = None
 
     def __init__(self, config: ClassificationConfig, processes: Processes) -> None:
         self.given = config
@@ -105,11 +108,14 @@ class ClassificationRun(Objective[LabelledBatch]):
     def trainer(self, folder: RunFolder) -> Trainer[LabelledBatch]:
         # Features that never change are computed here, by a model that is not spread over processes yet.
         self.dataset = self._make_dataset()
-        return super().trainer(folder)
+        trainer = super().trainer(folder)
+        self.average = trainer.average
+        return trainer
 
     def _make_dataset(self) -> KeyedBatches[LabelledBatch]:
         if self.config.protocol == "linear" and self.config.augmentation.kind == "none":
             features, readable = encode_all(self, self.source, "data.train")
+            self.sample_flops = 6.0 * self.model.width * self.model.num_classes  # the head alone, there and back
             return CachedFeatures(features, self.labels, readable)
         return LabelledImages(self.source, self.labels, config=self.config, seed=self.config.run.seed)
 

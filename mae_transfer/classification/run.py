@@ -6,7 +6,7 @@ import time
 from contextlib import nullcontext
 
 from mae_transfer.classification.config import ClassificationConfig
-from mae_transfer.classification.evaluate import evaluation_hook
+from mae_transfer.classification.evaluate import Evaluation
 from mae_transfer.classification.knn import run_knn
 from mae_transfer.classification.objective import ClassificationRun
 from mae_transfer.classification.report import write_report
@@ -37,11 +37,12 @@ def classify(config: ClassificationConfig, processes: Processes) -> str | None:
     if config.protocol == "knn":
         find_neighbours(run)
         return None
+    evaluation = Evaluation(run)
     return carry_out(
         run,
-        [evaluation_hook(run)],
+        [evaluation.hook],
         free=_FREE_ON_RESUME,
-        finish=lambda folder, trainer: write_report(run, folder),
+        finish=lambda folder, trainer: write_report(run, folder, evaluation.latest),
     )
 
 

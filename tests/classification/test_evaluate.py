@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from mae_transfer.classification.config import KnnConfig
-from mae_transfer.classification.evaluate import evaluation_hook, predict
+from mae_transfer.classification.evaluate import Evaluation, predict
 from mae_transfer.classification.features import CachedFeatures, encode
 from mae_transfer.classification.knn import run_knn
 from mae_transfer.classification.model import Classifier
@@ -25,6 +25,7 @@ from mae_transfer.classification.setting import Setting
 from mae_transfer.data.find import open_source
 from mae_transfer.data.sampler import SampleKey
 from mae_transfer.engine.distribution import Processes
+from mae_transfer.engine.ema import WeightAverage
 from mae_transfer.engine.precision import Precision
 from mae_transfer.errors import RunFailed
 from tests.classification.small import SIZE, small_classifier, small_config, write_classes
@@ -67,6 +68,7 @@ def a_run(train: Path, val: Path, processes: Processes, **sections: object) -> A
         labels=source.labels,
         val_source=val_source,
         val_labels=val_source.labels,
+        average=None,
         num_steps=30,
         every=lambda epochs: int(10 * epochs),
     )
@@ -122,7 +124,7 @@ def test_accuracy_equals_an_independent_pipelines_for_any_number_of_processes(
 def test_the_hook_gives_numbers_and_leaves_the_model_training(train: Path, val: Path) -> None:
     run = a_run(train, val, Processes(device=CPU))
     run.model.train()
-    hook = evaluation_hook(run)
+    hook = Evaluation(run).hook
     numbers = hook.run(10)
     assert run.model.training and hook.every_steps == 10
     found, *_ = predict(Setting.of(run), run.val_source, run.val_labels)
@@ -130,10 +132,25 @@ def test_the_hook_gives_numbers_and_leaves_the_model_training(train: Path, val: 
     assert not any(parameter.grad is not None for parameter in run.model.parameters())
 
 
+def test_the_average_of_the_weights_is_judged_beside_the_weights(train: Path, val: Path) -> None:
+    run = a_run(train, val, Processes(device=CPU))
+    run.average = WeightAverage(run.model, 0.9)
+    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    for tensor in run.average.tensors.values():
+        tensor.zero_()
+    evaluation = Evaluation(run)
+    numbers = evaluation.hook.run(10)
+    assert numbers["val_loss_ema"] == pytest.approx(np.log(4), rel=1e-6)  # nothing but zeros
+    (found,) = predict(Setting.of(run), run.val_source, run.val_labels)
+    assert numbers["val_loss"] == found.mean_loss and evaluation.latest is not None
+    assert np.array_equal(evaluation.latest.predicted, found.predicted)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in run.model.state_dict().items())
+
+
 def test_a_linear_probe_encodes_the_images_once(train: Path, val: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run = a_run(train, val, Processes(device=CPU), protocol="linear")
-    hook = evaluation_hook(run)
+    hook = Evaluation(run).hook
     expected, *_ = predict(Setting.of(run), run.val_source, run.val_labels)
     for step in (10, 20):
         numbers = hook.run(step)
