@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mae_transfer.errors import ConfigError
-from mae_transfer.position import Grid, ResizeCache, resize_bias_table, resize_decomposed
+from mae_transfer.position import Grid, ResizeCache, resize_bias_table, resize_decomposed, rotary_2d
 from mae_transfer.recompute import applies, norm_linear, runs_on_cpu
 from mae_transfer.relative import AttendInPieces, Bias, DecomposedBias, TabledBias
 
@@ -136,6 +136,7 @@ class Attention(nn.Module):
         relative: None, "decomposed" (ViTDet; no cls token) or "bias" (BEiT; one table, three more rows with cls).
         table_grid: grid whose offsets the relative tables span; other grids are served by resizing them.
         cls_token: the first token is not of the grid.
+        rope_base: turn queries and keys of the patches by their place (``position.rotary_2d``); None for not.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Attention(nn.Module):
         relative: str | None = None,
         table_grid: Grid | None = None,
         cls_token: bool = False,
+        rope_base: float | None = None,
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -162,8 +164,12 @@ class Attention(nn.Module):
         self.relative = relative
         self.table_grid = table_grid
         self.cls_token = cls_token
+        self.rope_base = rope_base
+        self._rotary: tuple[Grid, Tensor, Tensor] | None = None  # of the last grid
         if relative is None:
             return
+        if rope_base is not None:
+            raise ConfigError(f"relative_position={relative!r} and rope_base={rope_base} exclude one another")
         assert table_grid is not None
         h, w = table_grid
         if relative == "decomposed":
@@ -192,6 +198,9 @@ class Attention(nn.Module):
     def attend_tokens(self, qkv: Tensor, grid: Grid | None) -> Tensor:
         """Attention from projected tokens: (N, T, 3D) -> (N, T, D), before the output projection."""
         n, t, _ = qkv.shape
+        if self.rope_base is not None:
+            assert grid is not None
+            qkv = self._rotate(qkv, grid)
         if self.relative is None and applies(qkv, qkv.shape[-1] // 3) and suits_matmul(qkv):
             return SelfAttendOnCPU.apply(qkv.contiguous(), self.num_heads)
         if self.relative is not None and runs_on_cpu(qkv):
@@ -205,6 +214,22 @@ class Attention(nn.Module):
             bias = self._decomposed(q, grid) if self.relative == "decomposed" else self._tabled(grid)
         out = attend(q, k, v, bias)
         return out.transpose(1, 2).reshape(n, t, -1)
+
+    def _rotate(self, qkv: Tensor, grid: Grid) -> Tensor:
+        """Turn queries and keys of the patches, the last h·w tokens, by their place: (N, T, 3D) -> (N, T, 3D)."""
+        n, t, packed = qkv.shape
+        d, patches = packed // 3 // self.num_heads, grid[0] * grid[1]
+        assert self.rope_base is not None
+        if self._rotary is None or self._rotary[0] != grid or self._rotary[1].device != qkv.device:
+            cos, sin = rotary_2d(grid, d, base=self.rope_base)
+            self._rotary = (grid, cos.to(qkv.device), sin.to(qkv.device))
+        _, cos, sin = self._rotary  # (h·w, d)
+        heads = qkv.reshape(n, t, 3, self.num_heads, d)
+        x = heads[:, t - patches :, :2].float()  # (N, h·w, 2, M, d)
+        first, second = x.chunk(2, dim=-1)
+        x = x * cos[:, None, None] + torch.cat([-second, first], dim=-1) * sin[:, None, None]
+        rotated = torch.cat([heads[:, : t - patches, :2], x.to(qkv.dtype)], dim=1)  # (N, T, 2, M, d)
+        return torch.cat([rotated, heads[:, :, 2:]], dim=2).reshape(n, t, packed)
 
     def attend_in_pieces(self, qkv: Tensor, grid: Grid, window_size: int = 0) -> Tensor:
         """``attend_tokens`` for a CPU, windows included: (N, T, 3D) of real tokens -> (N, T, D)."""

@@ -7,6 +7,7 @@ with theirs to rounding. The computation is done in float32 whatever the table's
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -79,6 +80,32 @@ def sincos_2d(width: int, grid: Grid, *, cls_token: bool = True) -> Tensor:
     if cls_token:
         table = torch.cat([torch.zeros(1, 1, width, dtype=torch.float64), table], dim=1)
     return table.float()
+
+
+def rotary_2d(grid: Grid, head_dim: int, *, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines by which DINOv3 rotates queries and keys (Siméoni et al. 2025; Su et al. 2021).
+
+    A patch's place is its centre, rows and columns each from -1 to 1 over the image, whatever the grid. Channels pair
+    up across the two halves of a head; in each half the first part turns with the row, the second with the column, by
+    2π·base^(-4i/d) a unit.
+
+    Args:
+        grid: (h, w) patches.
+        head_dim: d, divisible by 4.
+
+    Returns:
+        Two (h·w, d), float32.
+
+    Raises:
+        ConfigError: the head is not divisible by 4.
+    """
+    if head_dim % 4:
+        raise ConfigError(f"rotary positions need heads of a width divisible by 4, got {head_dim}")
+    frequency = 1 / base ** torch.arange(0, 1, 4 / head_dim, dtype=torch.float32)  # (d/4,)
+    rows, columns = (2 * (torch.arange(0.5, length) / length) - 1 for length in grid)
+    places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)  # (L, 2)
+    angles = (2 * math.pi * places[:, :, None] * frequency).flatten(1).tile(2)  # (L, 2, d/4) -> (L, d/2) -> (L, d)
+    return angles.cos(), angles.sin()
 
 
 def resize_pos_embed(pos_embed: Tensor, grid_from: Grid, grid_to: Grid) -> Tensor:

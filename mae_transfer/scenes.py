@@ -206,7 +206,8 @@ def _render(job: _Job) -> _Files:
     scene = compose(size=job.size, seed=job.seed, split=job.split, index=job.index)
     png = io.BytesIO()
     Image.fromarray(scene.labels).save(png, format="PNG")
-    annotations, objects = [], []
+    annotations: list[dict[str, Any]] = []
+    objects = []
     for instance in scene.instances:
         code = rle.encode(np.asfortranarray(instance.mask.astype(np.uint8)))
         annotations.append(

@@ -68,6 +68,27 @@ class Mlp(nn.Module):
         return gelu_linear(hidden, self.fc2)
 
 
+class SwiGlu(nn.Module):
+    """D -> H -> D, gated: SiLU of one half of the projection times the other (Shazeer 2020; DINOv2's giant).
+
+    The two halves lie in one ``fc1`` of 2H outputs, the gate first.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(N, T, D) -> (N, T, D) of x, or of norm(x)."""
+        hidden = self.fc1(x) if norm is None else norm_linear(x, norm, self.fc1)  # (N, T, 2H)
+        gate, value = hidden.chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+FEED_FORWARD: dict[str, type[Mlp] | type[SwiGlu]] = {"mlp": Mlp, "swiglu": SwiGlu}
+
+
 class LayerScale(nn.Module):
     """Multiply each channel by a learned factor (Touvron et al. 2021)."""
 
@@ -109,6 +130,7 @@ class Block(nn.Module):
         width: int,
         *,
         mlp_ratio: float = 4.0,
+        ffn: str = "mlp",
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
@@ -119,7 +141,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = attention
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = FEED_FORWARD[ffn](width, round(width * mlp_ratio))
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.drop_path = DropPath(drop_path)
@@ -144,9 +166,13 @@ class VisionTransformer(nn.Module):
         patch_size: (p, p) or side in pixels.
         in_channels: C.
         width, depth, num_heads, mlp_ratio, qkv_bias, norm_eps: of the transformer.
+        ffn: "mlp" or "swiglu".
         drop_path: rate of the last block; earlier ones rise linearly from 0.
         layer_scale: initial value of the layer scale, or None for none.
         cls_token: carry a cls token. ``pos_embed`` keeps its cls row without one, so that files fit.
+        num_registers: tokens between cls token and patches that stand for no place (Darcet et al. 2024).
+        absolute_positions: add ``pos_embed``; models of relative or rotary positions go without.
+        rope_base: rotary positions (DINOv3), with this base of their frequencies; None for none.
         final_norm: LayerNorm after the last block (``forward_features``); hosts that tap before it build without.
         window_size: side of the attention windows in patches; 0 for global attention everywhere.
         global_blocks: with windows, the blocks that stay global.
@@ -168,11 +194,15 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        ffn: str = "mlp",
         qkv_bias: bool = True,
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         cls_token: bool = True,
+        num_registers: int = 0,
+        absolute_positions: bool = True,
+        rope_base: float | None = None,
         final_norm: bool = True,
         window_size: int = 0,
         global_blocks: Sequence[int] = (),
@@ -187,6 +217,15 @@ class VisionTransformer(nn.Module):
         self.num_channels = in_channels
         self.width, self.depth, self.num_heads = width, depth, num_heads
         self.checkpointing = checkpointing
+        self.mlp_ratio, self.ffn, self.norm_eps = mlp_ratio, ffn, norm_eps
+        self.window_size, self.global_blocks = window_size, tuple(global_blocks)
+        self.relative_position, self.rope_base = relative_position, rope_base
+        if ffn not in FEED_FORWARD:
+            raise ConfigError(f"ffn is {ffn!r}; expected one of {', '.join(FEED_FORWARD)}")
+        if num_registers and (relative_position is not None or window_size or not cls_token):
+            raise ConfigError("register tokens go with a cls token and global attention without relative position")
+        if window_size and rope_base is not None:
+            raise ConfigError("rotary positions and windowed attention exclude one another")
         if window_size and cls_token:
             raise ConfigError("windowed attention has no place for a cls token; build with cls_token=False")
         outside = [block for block in global_blocks if not 0 <= block < depth]
@@ -195,7 +234,9 @@ class VisionTransformer(nn.Module):
 
         self.patch_embed = PatchEmbed(self.patch_size, in_channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if cls_token else None
-        self.pos_embed = nn.Parameter(sincos_2d(width, self.grid))
+        self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, width)) if num_registers else None
+        self.num_prefix_tokens = int(cls_token) + num_registers  # tokens before the patches
+        self.pos_embed = nn.Parameter(sincos_2d(width, self.grid)) if absolute_positions else None
         self._resized = ResizeCache()
 
         table_size = self.image_size
@@ -215,6 +256,7 @@ class VisionTransformer(nn.Module):
                 relative=relative_position,
                 table_grid=table_grid,
                 cls_token=cls_token,
+                rope_base=rope_base,
             )
 
         self.blocks = nn.ModuleList(
@@ -222,6 +264,7 @@ class VisionTransformer(nn.Module):
                 attention(block),
                 width,
                 mlp_ratio=mlp_ratio,
+                ffn=ffn,
                 norm_eps=norm_eps,
                 drop_path=drop_path * block / max(depth - 1, 1),
                 layer_scale=layer_scale,
@@ -239,44 +282,55 @@ class VisionTransformer(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.width, -1))
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=0.02)
         self.apply(init_linear)
 
-    # The four steps of the encoder.
+    # The steps of the encoder.
 
     def add_positions(self, x: Tensor, grid: Grid) -> Tensor:
         """Add the patch rows of ``pos_embed`` to (N, L, D), resized where ``grid`` is not the native one."""
+        if self.pos_embed is None:
+            return x
         return x + self.position_rows(grid)[:, 1:]
 
     def position_rows(self, grid: Grid) -> Tensor:
-        """(1, 1 + h·w, D) for any grid."""
+        """(1, 1 + h·w, D) for any grid, of a model that has such a table."""
+        assert self.pos_embed is not None
         if grid == self.grid:
             return self.pos_embed
         return self._resized(resize_pos_embed, self.pos_embed, self.grid, grid)
 
     def prepend_cls(self, x: Tensor) -> Tensor:
-        """(N, T, D) -> (N, 1 + T, D) where the model has a cls token; as is otherwise."""
+        """(N, T, D) -> (N, 1 + R + T, D): cls token and registers, which are of no place; as is where there is none."""
         if self.cls_token is None:
             return x
-        cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
-        return torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)
+        cls = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+        prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
+        return torch.cat([*(tokens.to(x.dtype).expand(x.shape[0], -1, -1) for tokens in prefix), x], dim=1)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """(N, C, H, W) -> tokens (N, [1 +] L, D) ready for the blocks, and their grid."""
+        """(N, C, H, W) -> tokens (N, [1 + R +] L, D) ready for the blocks, and their grid."""
         grid = grid_of((images.shape[2], images.shape[3]), self.patch_size)
         x = self.patch_embed(images)  # (N, L, D)
         return self.prepend_cls(self.add_positions(x, grid)), grid
 
+    def run_blocks(self, x: Tensor, grid: Grid, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """Blocks ``start`` to ``stop`` (not itself; None for all that follow): (N, T, D) -> (N, T, D)."""
+        for index in range(start, self.depth if stop is None else stop):
+            x = self.blocks[index](x, grid)
+        return x
+
     # What hosts call.
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 1 + L, D), cls first, after the final norm. (N, L, D) without a cls token."""
+        """(N, C, H, W) -> (N, 1 + R + L, D), cls first, then registers, after the final norm. (N, L, D) without a cls
+        token."""
         x, grid = self.embed(images)
-        for index in range(self.depth):
-            x = self.blocks[index](x, grid)
-        return self.norm(x)
+        return self.norm(self.run_blocks(x, grid))
 
     def forward_taps(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """Feature maps after the named blocks, before any norm, cls dropped.
+        """Feature maps after the named blocks, before any norm, cls and registers dropped.
 
         Args:
             images: (N, C, H, W), H and W multiples of the patch (hosts pad).
@@ -300,8 +354,8 @@ class VisionTransformer(nn.Module):
         return [maps[index] for index in indices]
 
     def tokens_to_map(self, x: Tensor, grid: Grid) -> Tensor:
-        """(N, [1 +] L, D) -> (N, D, h, w)."""
-        patches = x if self.cls_token is None else x[:, 1:]
+        """(N, [1 + R +] L, D) -> (N, D, h, w)."""
+        patches = x[:, self.num_prefix_tokens :] if self.num_prefix_tokens else x
         return patches.transpose(1, 2).reshape(x.shape[0], self.width, *grid)
 
     def forward(self, images: Tensor) -> Tensor:

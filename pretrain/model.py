@@ -115,6 +115,7 @@ class MaskedAutoencoder(VisionTransformer):
         self.cross_prediction_ratio = cross_prediction_ratio
         norm_eps = encoder.get("norm_eps", 1e-6)
 
+        assert self.pos_embed is not None, "a masked autoencoder has absolute positions"
         self.pos_embed.requires_grad_(positions == "learned")
         self.decoder_embed = nn.Linear(self.width, decoder_width) if decoder == "self" else None
         # One mask token, where it is used: in the decoder, or in the encoder for the ablation.

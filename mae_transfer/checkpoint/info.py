@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mae_transfer.errors import CheckpointError
+from mae_transfer.position import sincos_2d
 from mae_transfer.sizes import SIZES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -31,6 +33,13 @@ class EncoderInfo:
         positions: "sincos" where the position table is the fixed one, "learned" where it was trained.
         cross_prediction_ratio: of a CrossMAE decoder: the share of all patches that it was trained to predict.
         git_commit: of the code that wrote the file; empty where unknown.
+        mlp_ratio, ffn, norm_eps, cls_token, num_registers, absolute_positions, rope_base, final_norm, layer_scale,
+            window_size, global_blocks, relative_position: what ``VisionTransformer`` is built with to hold it;
+            ``layer_scale`` says whether there is one.
+        attention_image_size: (height, width) whose grid the relative tables of global blocks span; None for
+            ``image_size``.
+        source: what the weights were read from: a file's name, or ``owner/name`` on a hub; empty where unknown.
+        license: of the weights, as the Hub spells it ("cc-by-nc-4.0"); empty where unknown.
     """
 
     family: str
@@ -47,6 +56,21 @@ class EncoderInfo:
     positions: str = "sincos"
     cross_prediction_ratio: float | None = None
     git_commit: str = ""
+    mlp_ratio: float = 4.0
+    ffn: str = "mlp"
+    norm_eps: float = 1e-6
+    cls_token: bool = True
+    num_registers: int = 0
+    absolute_positions: bool = True
+    rope_base: float | None = None
+    final_norm: bool = True
+    layer_scale: bool = False
+    window_size: int = 0
+    global_blocks: tuple[int, ...] = ()
+    relative_position: str | None = None
+    attention_image_size: tuple[int, int] | None = None
+    source: str = ""
+    license: str = ""
 
     @property
     def size(self) -> str:
@@ -93,16 +117,23 @@ class EncoderInfo:
         return cls(**values)
 
 
-def infer_info(tensors: Mapping[str, Tensor], *, family: str, source: str) -> EncoderInfo:
+def infer_info(
+    tensors: Mapping[str, Tensor], *, family: str, source: str, fields: Mapping[str, Any] | None = None
+) -> EncoderInfo:
     """Read the architecture off the tensors of a file that carries no metadata, in our key names.
 
     Heads cannot be read off; they follow from the width (64 wide a head, 80 for huge). The image is taken to be
     square, and the normalisation to be ImageNet's, as for every published MAE.
 
+    Args:
+        fields: what is known of the family, or of a config beside the file; it wins.
+
     Raises:
         CheckpointError: no encoder in our key names, or a position table that is no square grid.
     """
-    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
+    known = dict(fields or {})
+    needed = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight")
+    needed += ("pos_embed",) if known.get("absolute_positions", True) else ()
     absent = [key for key in needed if key not in tensors]
     if absent:
         raise CheckpointError(
@@ -110,23 +141,58 @@ def infer_info(tensors: Mapping[str, Tensor], *, family: str, source: str) -> En
             f"{len(tensors)} tensors (first: {', '.join(list(tensors)[:5]) or 'none'})"
         )
     width, channels, p_h, p_w = tensors["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
-    num_patches = tensors["pos_embed"].shape[1] - 1
+    if "image_size" not in known or "pos_embed" in tensors:
+        known["image_size"] = _image_size(tensors["pos_embed"], (p_h, p_w), known.get("image_size"), source)
+    grid = known["image_size"][0] // p_h, known["image_size"][1] // p_w
+    num_heads = {size.width: size.num_heads for size in SIZES.values()}.get(width, max(1, width // 64))
+    read_off: dict[str, Any] = {
+        "width": width,
+        "depth": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        "num_heads": num_heads,
+        "patch_size": (p_h, p_w),
+        "channels": channels,
+        "mlp_ratio": tensors["blocks.0.mlp.fc2.weight"].shape[1] / width,
+        "cls_token": "cls_token" in tensors,
+        "final_norm": "norm.weight" in tensors,
+        "layer_scale": "blocks.0.ls1.gamma" in tensors,
+        **_relative_position(tensors, grid),
+    }
+    if "pos_embed" in tensors:
+        fixed = width % 4 == 0 and torch.allclose(tensors["pos_embed"].float(), sincos_2d(width, grid), atol=1e-4)
+        read_off["positions"] = "sincos" if fixed else "learned"
+    if channels != 3:
+        known |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    return EncoderInfo(**{**read_off, **known, "family": family})
+
+
+def _image_size(table: Tensor, patch: tuple[int, int], said: tuple[int, int] | None, source: str) -> tuple[int, int]:
+    """Pixels that a table of a cls row and patch rows is for: as said, where that fits, or a square."""
+    num_patches = table.shape[1] - 1
+    if said is not None and (said[0] // patch[0]) * (said[1] // patch[1]) == num_patches:
+        return said[0] // patch[0] * patch[0], said[1] // patch[1] * patch[1]
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise CheckpointError(
             f"{source}: pos_embed has {num_patches} patch rows, which is no square grid, and the file has no metadata "
             "that gives its height and width. Convert it with the tool that wrote it, or from our .safetensors"
         )
-    num_heads = {size.width: size.num_heads for size in SIZES.values()}.get(width, max(1, width // 64))
-    return EncoderInfo(
-        family=family,
-        width=width,
-        depth=depth,
-        num_heads=num_heads,
-        patch_size=(p_h, p_w),
-        image_size=(side * p_h, side * p_w),
-        channels=channels,
-        mean=IMAGENET_MEAN if channels == 3 else (0.0,) * channels,
-        std=IMAGENET_STD if channels == 3 else (1.0,) * channels,
-    )
+    return side * patch[0], side * patch[1]
+
+
+def _relative_position(tensors: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Any]:
+    """Kind of relative position and, of decomposed tables of two lengths, the windows and the blocks without any."""
+    if any(name.endswith("relative_position_bias_table") for name in tensors):
+        return {"relative_position": "bias"}
+    rows = {int(name.split(".")[1]): len(table) for name, table in tensors.items() if name.endswith("attn.rel_pos_h")}
+    if not rows:
+        return {}
+    longest, shortest = max(rows.values()), min(rows.values())
+    found: dict[str, Any] = {"relative_position": "decomposed"}
+    if longest != 2 * grid[0] - 1:  # of the size that a detector was trained at, its positions of another
+        columns = max(len(table) for name, table in tensors.items() if name.endswith("attn.rel_pos_w"))
+        patch = tensors["patch_embed.proj.weight"].shape[2:]
+        found["attention_image_size"] = ((longest + 1) // 2 * patch[0], (columns + 1) // 2 * patch[1])
+    if shortest < longest:
+        whole = tuple(block for block in sorted(rows) if rows[block] == longest)
+        found |= {"window_size": (shortest + 1) // 2, "global_blocks": whole}
+    return found

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from mae_transfer.checkpoint import families
+from mae_transfer.checkpoint.build import empty_encoder
 from mae_transfer.checkpoint.files import read_safetensors, read_torch
 from mae_transfer.checkpoint.info import EncoderInfo, infer_info
 from mae_transfer.checkpoint.pickles import read_pickle
 from mae_transfer.checkpoint.sharded import is_sharded, read_facts, read_shards
-from mae_transfer.errors import CheckpointError
+from mae_transfer.errors import CheckpointError, ConfigError
 
+# What Hugging Face calls the weights in a folder, the first that is there.
+HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
 # The state dict of a training checkpoint hides below one of these.
-_NESTS = ("model", "state_dict", "model_state", "module")
-# Prefixes of hosts and wrappers around an encoder in our names, longest first.
-_PREFIXES = ("backbone.net.", "backbone.", "module.", "encoder.", "net.")
+_NESTS = ("model", "state_dict", "model_state", "module", "teacher", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +30,12 @@ class Checkpoint:
 
     Attributes:
         path: the file read.
-        family: "mae-transfer", "mae" (official pretraining), "mae-finetuned",
-            "vit" (the same names without a decoder, timm's among them), "detectron2", "mmseg".
+        family: "mae-transfer" (ours), a name of ``families.FAMILIES``, or, by what stands around the encoder,
+            "detectron2", "mmseg", "dino", "moco-v3".
         tensors: in our key names; decoder and heads included where the file has them.
         info: architecture and input convention.
         has_metadata: the input convention was read from the file, not assumed.
+        left_out: names in the file that have no place here.
     """
 
     path: Path
@@ -39,6 +43,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     info: EncoderInfo
     has_metadata: bool
+    left_out: list[str] = field(default_factory=list)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -49,13 +54,142 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = resolve_path(path)
     tensors, metadata = read_tensors(path)
-    tensors, prefix = strip_prefix(tensors)
     if metadata.get("family"):
         info = EncoderInfo.from_metadata(metadata, str(path))
-        return Checkpoint(path=path, family=info.family, tensors=tensors, info=info, has_metadata=True)
-    family = recognise(tensors, prefix)
-    info = infer_info(tensors, family=family, source=str(path))
-    return Checkpoint(path=path, family=family, tensors=tensors, info=info, has_metadata=False)
+        tensors, left_out = _below(tensors, _own_prefix(tensors))
+        return Checkpoint(
+            path=path, family=info.family, tensors=tensors, info=info, has_metadata=True, left_out=left_out
+        )
+    return _read_family(path, tensors)
+
+
+def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
+    """A file of somebody else's, or one of ours that a host has saved."""
+    found = families.recognise(tensors)
+    if found is None:
+        return _read_hosted(path, tensors)
+    family, prefix = found
+    own, outside = {}, {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            own[name[len(prefix) :]] = tensor
+        else:
+            outside[name] = tensor
+    config = read_config(path)
+    converted = family.convert(families.Raw(path=path, tensors=own, prefix=prefix, outside=outside, config=config))
+    name, license = _by_surroundings(prefix, outside) or (family.name, family.license)
+    facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license}
+    info = infer_info(converted.tensors, family=name, source=str(path), fields=facts | converted.fields)
+    check_complete(converted.tensors, info, path, family.title)
+    return Checkpoint(
+        path=path,
+        family=name,
+        tensors=converted.tensors,
+        info=info,
+        has_metadata="image_mean" in config,
+        left_out=converted.left_out,
+    )
+
+
+def _by_surroundings(prefix: str, outside: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Family and licence by what stands around an encoder whose own names many share."""
+    if "base_encoder." in prefix or "momentum_encoder." in prefix:
+        return "moco-v3", "cc-by-nc-4.0"
+    if prefix.endswith("backbone.net."):
+        return "detectron2", ""
+    if prefix.endswith("backbone."):
+        dino = any("head.mlp." in name or "head.last_layer." in name for name in outside)
+        return ("dino", "apache-2.0") if dino else ("mmseg", "")
+    return None
+
+
+def _read_hosted(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
+    """An encoder in our names inside a detector or segmenter, which may lack a cls token and norm."""
+    prefix = _own_prefix(tensors)
+    if not prefix.endswith(("backbone.net.", "backbone.")):
+        raise _unknown(path, tensors)
+    below, left_out = _below(tensors, prefix)
+    family = "detectron2" if prefix.endswith("net.") else "mmseg"
+    info = infer_info(below, family=family, source=str(path), fields={"source": path.name})
+    return Checkpoint(path=path, family=family, tensors=below, info=info, has_metadata=False, left_out=left_out)
+
+
+def _own_prefix(tensors: Mapping[str, Tensor]) -> str:
+    """What stands before an encoder in our names; nothing where there is none."""
+    return next((prefix for prefix in families.prefixes(tensors) if f"{prefix}patch_embed.proj.weight" in tensors), "")
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors below a prefix, and the names of the others, which are a host's."""
+    below = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return below, [name for name in tensors if not name.startswith(prefix)]
+
+
+def _unknown(path: Path, tensors: Mapping[str, Tensor]) -> CheckpointError:
+    names = list(tensors)
+    family, share = families.nearest(names)
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    known = ", ".join(dict.fromkeys(family.title for family in families.FAMILIES))
+    if share == 0:
+        hint = f"expected a Vision Transformer of a family known here: {known}"
+    else:
+        absent = family.absent(below for prefix in ["", *families.prefixes(names)] for below in [_names(names, prefix)])
+        hint = f"nearest is {family.title}, of which it lacks {', '.join(absent)}. Families known here: {known}"
+    return CheckpointError(f"{path} holds {len(names)} tensors of no known family ({shown}); {hint}")
+
+
+def _names(names: list[str], prefix: str) -> list[str]:
+    return [name[len(prefix) :] for name in names if name.startswith(prefix)]
+
+
+def check_complete(tensors: Mapping[str, Tensor], info: EncoderInfo, path: Path, title: str) -> None:
+    """Raises CheckpointError where an encoder lacks tensors, has others of a block besides, or has them in shapes that
+    do not go together."""
+    try:
+        wanted = {name: tuple(tensor.shape) for name, tensor in empty_encoder(info).state_dict().items()}
+    except ConfigError as error:
+        raise CheckpointError(f"{path} looks like {title}, but its numbers do not go together: {error}") from error
+    missing = [name for name in wanted if name not in tensors]
+    besides = [name for name in tensors if name.startswith("blocks.") and name not in wanted]
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    problems = [f"missing {_few(missing)}"] if missing else []
+    problems += [f"not of such a model {_few(besides)}"] if besides else []
+    problems += [_few(shapes)] if shapes else []
+    if problems:
+        raise CheckpointError(
+            f"{path} looks like {title}, but is no whole encoder of {info.width} wide, {info.depth} blocks: "
+            f"{'; '.join(problems)}. The file is damaged or incomplete, or of a variant that is not known here"
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` and ``preprocessor_config.json`` beside a file of Hugging Face's; empty where there are none.
+
+    Raises:
+        CheckpointError: they are no JSON objects.
+    """
+    result: dict[str, Any] = {}
+    if path.name not in HUGGING_FACE_FILES:
+        return result
+    for name in ("preprocessor_config.json", "config.json"):
+        beside = path.with_name(name)
+        if beside.is_file():
+            try:
+                content = json.loads(beside.read_text(encoding="utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{beside} is not valid JSON ({error}); fetch it again") from error
+            if not isinstance(content, dict):
+                raise CheckpointError(f"{beside} should hold a JSON object, found a {type(content).__name__}")
+            result |= content.get("vision_config", content)
+    return result
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -82,17 +216,19 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """What to read: ``path`` itself, or ``encoder.safetensors`` of a run folder.
+    """What to read: ``path`` itself, or ``encoder.safetensors`` of a run folder, or the weights of a Hugging Face one.
 
     Raises:
         CheckpointError: nothing there.
     """
     path = Path(path)
     if path.is_dir() and not is_sharded(path):
-        inside = path / "encoder.safetensors"
-        if not inside.is_file():
+        names = ("encoder.safetensors", *HUGGING_FACE_FILES)
+        inside = next((path / name for name in names if (path / name).is_file()), None)
+        if inside is None:
             raise CheckpointError(
-                f"{path} is a folder without encoder.safetensors; expected a checkpoint file or a finished run folder"
+                f"{path} is a folder without encoder.safetensors (a finished run) and without "
+                f"{' or '.join(HUGGING_FACE_FILES)} (Hugging Face); expected one of them, or a checkpoint file"
             )
         return inside
     if not path.exists():
@@ -112,27 +248,3 @@ def find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         content = content[nest]
     found = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__
     raise CheckpointError(f"{path} holds no state dict: found {found}, expected tensors, or one of {', '.join(_NESTS)}")
-
-
-def strip_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Take a host's prefix off the encoder's tensors; everything outside it belongs to the host and is dropped."""
-    if "patch_embed.proj.weight" in tensors:
-        return tensors, ""
-    for prefix in sorted(
-        {name[: -len("patch_embed.proj.weight")] for name in tensors if name.endswith(".patch_embed.proj.weight")},
-        key=len,
-    ):
-        if any(prefix.endswith(known) for known in _PREFIXES):
-            return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}, prefix
-    return tensors, ""
-
-
-def recognise(tensors: Mapping[str, Tensor], prefix: str) -> str:
-    """Family of a file without our metadata, from its key names."""
-    if prefix.endswith("backbone.net."):
-        return "detectron2"
-    if prefix.endswith("backbone."):
-        return "mmseg"
-    if "decoder_pred.weight" in tensors or "mask_token" in tensors:
-        return "mae"
-    return "mae-finetuned" if "fc_norm.weight" in tensors else "vit"

@@ -43,7 +43,8 @@ def resize_tables(net: VisionTransformer, image_size: tuple[int, int]) -> None:
     What is exported would resize them in every run, and runtimes do not agree on bicubic to more than two digits.
     """
     grid = grid_of(image_size, net.patch_size)
-    net.pos_embed = nn.Parameter(resize_pos_embed(net.pos_embed.detach(), net.grid, grid))
+    if net.pos_embed is not None:
+        net.pos_embed = nn.Parameter(resize_pos_embed(net.pos_embed.detach(), net.grid, grid))
     net.image_size, net.grid = image_size, grid
     for block in net.blocks:
         attention = block.attn

@@ -1,0 +1,186 @@
+"""What a family of checkpoints is: how its files are told from others, and how its tensors get our names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mae_transfer.checkpoint.info import IMAGENET_MEAN, IMAGENET_STD
+from mae_transfer.errors import CheckpointError
+
+Tensors = dict[str, Tensor]
+HALF = (0.5, 0.5, 0.5)  # mean and deviation of models that are fed values from -1 to 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """What a file holds, before anybody knows whose it is.
+
+    Attributes:
+        tensors: by the file's names, without the prefix that the encoder stands below.
+        prefix: that prefix.
+        outside: what does not stand below it, by its whole name.
+        config: of the ``config.json`` beside it (Hugging Face); empty without one.
+    """
+
+    path: Path
+    tensors: Tensors
+    prefix: str = ""
+    outside: Tensors = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """An encoder in our names.
+
+    Attributes:
+        tensors: decoder and head included where the family has them.
+        fields: of ``EncoderInfo``, as far as the family says more than the tensors' shapes.
+        left_out: names of the file's that have no place here.
+    """
+
+    tensors: Tensors
+    fields: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of checkpoints.
+
+    Attributes:
+        name: what ``Checkpoint.family`` says.
+        title: for people.
+        anchor: the name of the patch projection, which finds the prefix.
+        marks: patterns, each of which some name matches.
+        without: patterns that no name matches.
+        license: of the published weights, as the Hub spells it; empty where it differs from file to file.
+    """
+
+    name: str
+    title: str
+    anchor: str
+    convert: Callable[[Raw], Converted]
+    marks: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    license: str = ""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def share(self, names: Iterable[str]) -> float:
+        """How many of what the family is known by is there, from 0 to 1."""
+        names = list(names)
+        found = [any(re.search(mark, name) for name in names) for mark in (_literal(self.anchor), *self.marks)]
+        return sum(found) / len(found)
+
+    def absent(self, candidates: Iterable[Iterable[str]]) -> list[str]:
+        """Of what the family is known by, what the best of several lists of names lacks."""
+        lists = [list(names) for names in candidates]
+        best = max(lists, key=self.share)
+        return [mark for mark in (_literal(self.anchor), *self.marks) if not any(re.search(mark, n) for n in best)]
+
+    def fits(self, names: Iterable[str]) -> bool:
+        """Names below the prefix."""
+        names = list(names)
+        return self.share(names) == 1 and not any(re.search(mark, name) for mark in self.without for name in names)
+
+
+def _literal(name: str) -> str:
+    return rf"(^|\.){re.escape(name)}$"
+
+
+def rename(tensors: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> tuple[Tensors, list[str]]:
+    """Tensors whose whole name matches a pattern, by the name that its replacement gives; and the names of the others.
+
+    An empty replacement leaves a tensor out on purpose.
+    """
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+    result, rest = {}, []
+    for name, tensor in tensors.items():
+        for pattern, replacement in compiled:
+            if match := pattern.fullmatch(name):
+                if replacement:
+                    result[match.expand(replacement)] = tensor
+                break
+        else:
+            rest.append(name)
+    return result, rest
+
+
+def join_qkv(tensors: Tensors, prefix: str, path: Path) -> Tensors:
+    """Queries, keys and values that are three layers, ``{prefix}q.weight`` …, as our one ``qkv``; a bias that one lacks
+    is zero.
+
+    Args:
+        tensors: with names such as ``blocks.0.attn.q.weight``: taken out, and ``blocks.0.attn.qkv.weight`` put in.
+        prefix: pattern of what stands before ``q.weight``.
+
+    Raises:
+        CheckpointError: one of the three weights is missing or of another shape.
+    """
+    result = {
+        name: tensor for name, tensor in tensors.items() if not re.fullmatch(rf"{prefix}[qkv]\.(weight|bias)", name)
+    }
+    attentions = sorted({match[1] for name in tensors if (match := re.fullmatch(rf"({prefix})[qkv]\.weight", name))})
+    for attention in attentions:
+        weights = [tensors.get(f"{attention}{part}.weight") for part in "qkv"]
+        shapes = {None if weight is None else tuple(weight.shape) for weight in weights}
+        if None in shapes or len(shapes) > 1:
+            raise CheckpointError(
+                f"{path}: queries, keys and values of {attention.rstrip('.')} should be three weights of one shape; "
+                f"found {', '.join('none' if shape is None else str(shape) for shape in shapes)}"
+            )
+        known = [weight for weight in weights if weight is not None]
+        result[f"{attention}qkv.weight"] = torch.cat(known)
+        biases = [tensors.get(f"{attention}{part}.bias") for part in "qkv"]
+        result[f"{attention}qkv.bias"] = torch.cat(
+            [weight.new_zeros(weight.shape[0]) if bias is None else bias for bias, weight in zip(biases, known)]
+        )
+    return result
+
+
+def with_cls_row(pos_embed: Tensor) -> Tensor:
+    """A table of patches alone (1, L, D), with the row of zeros that ours has first: (1, 1 + L, D)."""
+    return torch.cat([torch.zeros_like(pos_embed[:, :1]), pos_embed], dim=1)
+
+
+def square_side(count: int, what: str, path: Path) -> int:
+    """The root of ``count``.
+
+    Raises:
+        CheckpointError: it is no square.
+    """
+    side = math.isqrt(count)
+    if side * side != count:
+        raise CheckpointError(f"{path}: {what} is {count}, which is no square grid; the file is damaged or incomplete")
+    return side
+
+
+def need(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """Raises CheckpointError where a tensor is missing."""
+    if name not in tensors:
+        raise CheckpointError(f"{path}: {name} is missing; the file is damaged or incomplete")
+    return tensors[name]
+
+
+def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``EncoderInfo`` fields that Hugging Face's ``config.json`` gives, whatever the model."""
+    fields: dict[str, Any] = {}
+    for key, name in (("num_attention_heads", "num_heads"), ("layer_norm_eps", "norm_eps")):
+        if key in config:
+            fields[name] = config[key]
+    size = config.get("image_size")
+    if size is not None:
+        fields["image_size"] = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    for key, name in (("image_mean", "mean"), ("image_std", "std")):  # of preprocessor_config.json
+        if key in config:
+            fields[name] = tuple(config[key])
+    return fields
