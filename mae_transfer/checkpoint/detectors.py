@@ -16,13 +16,13 @@ from mae_transfer.checkpoint.info import EncoderInfo, infer_info
 from mae_transfer.checkpoint.load import (
     Report,
     describe,
-    fit,
     list_problems,
     load_backbone,
     shape_text,
     summarise,
 )
 from mae_transfer.checkpoint.read import read_tensors
+from mae_transfer.checkpoint.resize import fit
 from mae_transfer.errors import CheckpointError
 
 if TYPE_CHECKING:

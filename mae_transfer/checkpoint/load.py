@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from mae_transfer.checkpoint.info import EncoderInfo
 from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
+from mae_transfer.checkpoint.resize import fit
 from mae_transfer.errors import CheckpointError
-from mae_transfer.position import resize_bias_table, resize_decomposed, resize_pos_embed
 
 if TYPE_CHECKING:  # the model imports nothing of this room, and this room needs only its type
     from mae_transfer.vit import VisionTransformer
@@ -83,21 +81,26 @@ def summarise(names: Iterable[str]) -> str:
     return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
 
 
-def load_backbone(vit: VisionTransformer, path: str | Path) -> Report:
+def load_backbone(vit: VisionTransformer, path: str | Path, *, patch_resize: str | None = None) -> Report:
     """Load an encoder from any supported checkpoint, strictly.
 
     Position embeddings (absolute and relative) are resized to the model's grid. Explained, hence allowed: missing
     relative position, layer scale, fc_norm and heads; unused decoder, mask token and classification head, and
     cls_token or norm where the model has none.
 
+    Args:
+        path: a file, a folder, "hf://owner/name[@revision][/file]" or "timm/name".
+        patch_resize: "pinv" or "bicubic" takes the projection to the model's patch, whatever it is (see
+            ``resize_projection``). None does so only where ViTDet did, bicubically from 14 to 16 pixels.
+
     Raises:
         CheckpointError: unreadable or unknown file; any other missing or unexpected tensor; a shape that differs.
             The model is left untouched.
     """
-    return load_checkpoint(vit, read_checkpoint(path))
+    return load_checkpoint(vit, read_checkpoint(path), patch_resize=patch_resize)
 
 
-def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint) -> Report:
+def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint, *, patch_resize: str | None = None) -> Report:
     """``load_backbone`` of a checkpoint already in memory."""
     own = vit.state_dict()
     loaded: dict[str, Tensor] = {}
@@ -108,7 +111,7 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint) -> Report:
         if name not in own:
             unexpected.append(name)
             continue
-        fitted = fit(name, tensor, own[name], vit, checkpoint.info)
+        fitted = fit(name, tensor, own[name], vit, checkpoint.info, patch_resize=patch_resize)
         if fitted.shape != own[name].shape:
             mismatched.append(f"{name} is {shape_text(tensor)}, the model has {shape_text(own[name])}")
         elif fitted is not tensor:
@@ -154,45 +157,6 @@ def list_problems(lacking: list[str], foreign: list[str], mismatched: list[str])
         shown = ", ".join(mismatched[:3]) + (f" and {len(mismatched) - 3} more" if len(mismatched) > 3 else "")
         problems.append(f"shapes differ: {shown}")
     return problems
-
-
-def fit(name: str, tensor: Tensor, own: Tensor, vit: VisionTransformer, info: EncoderInfo) -> Tensor:
-    """``tensor`` resized to the model's ``own`` where it is a position table of another grid, or the projection of
-    patches whose side is no power of two (14) where the model's is the nearest one (16); itself otherwise."""
-    if name == "patch_embed.proj.weight":
-        nearest = tuple(2 ** round(math.log2(side)) for side in info.patch_size)
-        if tensor.shape != own.shape and tensor.shape[:2] == own.shape[:2] and own.shape[2:] == nearest:
-            return resize_projection(tensor, nearest)
-        return tensor
-    if name == "pos_embed":
-        if tensor.shape[2] != vit.width:
-            return tensor
-        return resize_pos_embed(tensor, info.grid, vit.grid)
-    if not name.endswith(("rel_pos_h", "rel_pos_w", "relative_position_bias_table")):
-        return tensor
-    if own.shape == tensor.shape or own.shape[1] != tensor.shape[1]:
-        return tensor
-    if name.endswith(("rel_pos_h", "rel_pos_w")):
-        return resize_decomposed(tensor, own.shape[0])
-    attention = vit.get_submodule(name.rsplit(".", 1)[0])
-    extra = 3 if getattr(attention, "cls_token", False) else 0
-    side = (math.isqrt(tensor.shape[0] - extra) + 1) // 2
-    grid_to = attention.table_grid
-    assert isinstance(grid_to, tuple)
-    grid_from = (
-        info.grid if (2 * info.grid[0] - 1) * (2 * info.grid[1] - 1) + extra == tensor.shape[0] else (side, side)
-    )
-    return resize_bias_table(tensor, grid_from, grid_to)
-
-
-def resize_projection(weight: Tensor, patch_size: tuple[int, ...]) -> Tensor:
-    """The patch projection (D, C, p, p) for patches of another side: bicubic, values not rescaled.
-
-    As ViTDet takes its huge encoder from 14 to 16 pixels; the code is that of its authors' next paper (Hu et al. 2022,
-    issue 2 of facebookresearch/long_seq_mae).
-    """
-    resized = F.interpolate(weight.float(), size=patch_size, mode="bicubic", align_corners=False)
-    return resized.to(weight.dtype)
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -1,0 +1,94 @@
+"""What of an encoder depends on its grid or patch, brought to another: tables of positions, and the projection."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mae_transfer.checkpoint.info import EncoderInfo
+from mae_transfer.errors import ConfigError
+from mae_transfer.position import resize_bias_table, resize_decomposed, resize_pos_embed
+
+if TYPE_CHECKING:  # the model imports nothing of this room, and this room needs only its type
+    from mae_transfer.vit import VisionTransformer
+
+#: How a projection gets another patch: see ``resize_projection``.
+METHODS = ("pinv", "bicubic")
+
+
+def fit(
+    name: str,
+    tensor: Tensor,
+    own: Tensor,
+    vit: VisionTransformer,
+    info: EncoderInfo,
+    *,
+    patch_resize: str | None = None,
+) -> Tensor:
+    """``tensor`` resized to the model's ``own`` where it is a position table of another grid, or the projection of
+    other patches; itself otherwise.
+
+    Args:
+        patch_resize: how a projection is resized, "pinv" or "bicubic", whatever the two patches. None: bicubically,
+            and only from a side that is no power of two (14) to the nearest one (16), as ViTDet does.
+    """
+    if name == "patch_embed.proj.weight":
+        if tensor.shape == own.shape or tensor.shape[:2] != own.shape[:2]:
+            return tensor
+        patch_size = (own.shape[2], own.shape[3])
+        if patch_resize is not None:
+            return resize_projection(tensor, patch_size, method=patch_resize)
+        nearest = tuple(2 ** round(math.log2(side)) for side in info.patch_size)
+        return resize_projection(tensor, patch_size) if patch_size == nearest else tensor
+    if name == "pos_embed":
+        if tensor.shape[2] != vit.width:
+            return tensor
+        return resize_pos_embed(tensor, info.grid, vit.grid)
+    if not name.endswith(("rel_pos_h", "rel_pos_w", "relative_position_bias_table")):
+        return tensor
+    if own.shape == tensor.shape or own.shape[1] != tensor.shape[1]:
+        return tensor
+    if name.endswith(("rel_pos_h", "rel_pos_w")):
+        return resize_decomposed(tensor, own.shape[0])
+    attention = vit.get_submodule(name.rsplit(".", 1)[0])
+    extra = 3 if getattr(attention, "cls_token", False) else 0
+    side = (math.isqrt(tensor.shape[0] - extra) + 1) // 2
+    grid_to = attention.table_grid
+    assert isinstance(grid_to, tuple)
+    grid_from = (
+        info.grid if (2 * info.grid[0] - 1) * (2 * info.grid[1] - 1) + extra == tensor.shape[0] else (side, side)
+    )
+    return resize_bias_table(tensor, grid_from, grid_to)
+
+
+def resize_projection(weight: Tensor, patch_size: tuple[int, int], *, method: str = "bicubic") -> Tensor:
+    """The patch projection (D, C, p, p) for patches of another size.
+
+    Args:
+        weight: (D, C, p_h, p_w).
+        patch_size: (height, width) in pixels.
+        method: "bicubic" resizes the weights as if they were pictures, values not rescaled, as ViTDet takes its huge
+            encoder from 14 to 16 pixels; the code is that of its authors' next paper (Hu et al. 2022, issue 2 of
+            facebookresearch/long_seq_mae). "pinv" makes a resized patch give the token that the patch gave: exactly
+            so for larger patches, as nearly as can be for smaller ones (FlexiViT, Beyer et al. 2023, Section 3.4). With
+            B the matrix of bicubic, antialiased resizing (timm's choice), it is the pseudo-inverse of B transposed.
+
+    Raises:
+        ConfigError: an unknown method.
+    """
+    if method == "bicubic":
+        resized = F.interpolate(weight.float(), size=patch_size, mode="bicubic", align_corners=False)
+        return resized.to(weight.dtype)
+    if method != "pinv":
+        raise ConfigError(f"patches are resized by {' or '.join(METHODS)}, not {method!r}")
+    width, channels, p_h, p_w = weight.shape
+    pictures = torch.eye(p_h * p_w, dtype=torch.float64).reshape(-1, 1, p_h, p_w)  # one for each pixel of a patch
+    resized = F.interpolate(pictures, size=patch_size, mode="bicubic", align_corners=False, antialias=True)
+    transposed = resized.flatten(1)  # Bᵀ, (p_h·p_w, p'_h·p'_w)
+    kernels = weight.double().cpu().reshape(width * channels, p_h * p_w)
+    kernels = kernels @ torch.linalg.pinv(transposed).T  # (D·C, p'_h·p'_w)
+    return kernels.reshape(width, channels, *patch_size).to(weight.device, weight.dtype)
