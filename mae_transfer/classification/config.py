@@ -374,7 +374,7 @@ def _filled_model(model: ModelConfig, info: EncoderInfo | None, *, trains_encode
     if model.size not in (None, "custom") or info is None:
         size = get_size("base" if model.size in (None, "custom") else str(model.size))
         patch, width, depth, num_heads = (size.patch_size, size.patch_size), size.width, size.depth, size.num_heads
-        name = size.name
+        name = model.size or size.name
     else:
         patch, width, depth, num_heads, name = info.patch_size, info.width, info.depth, info.num_heads, info.size
     drop_path = model.drop_path
