@@ -242,6 +242,7 @@ class VisionTransformer(nn.Module):
         table_size = self.image_size
         if attention_image_size is not None:
             table_size = to_pair(attention_image_size, "attention_image_size")
+        self.attention_image_size = table_size
         table_grid = grid_of(table_size, self.patch_size)
 
         def attention(block: int) -> Attention:

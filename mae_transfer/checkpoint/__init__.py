@@ -1,5 +1,6 @@
 """Checkpoints: recognise a family, read it safely, convert, report."""
 
+from mae_transfer.checkpoint.build import build_backbone, vit_arguments
 from mae_transfer.checkpoint.files import atomic_write, write_safetensors, write_torch
 from mae_transfer.checkpoint.info import IMAGENET_MEAN, IMAGENET_STD, EncoderInfo
 from mae_transfer.checkpoint.load import (
@@ -19,12 +20,14 @@ __all__ = [
     "EncoderInfo",
     "Report",
     "atomic_write",
+    "build_backbone",
     "describe",
     "encoder_state",
     "image_statistics",
     "load_backbone",
     "load_checkpoint",
     "read_checkpoint",
+    "vit_arguments",
     "write_safetensors",
     "write_torch",
 ]

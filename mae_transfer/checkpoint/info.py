@@ -106,7 +106,7 @@ class EncoderInfo:
                     )
                 continue
             text = metadata[field.name]
-            if field.type == "str":
+            if field.type == "str" or (field.type == "str | None" and text != "null"):
                 values[field.name] = text
                 continue
             try:
@@ -132,8 +132,9 @@ def infer_info(
         CheckpointError: no encoder in our key names, or a position table that is no square grid.
     """
     known = dict(fields or {})
-    needed = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight")
-    needed += ("pos_embed",) if known.get("absolute_positions", True) else ()
+    needed = ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight"]
+    if known.get("absolute_positions", True):
+        needed.append("pos_embed")
     absent = [key for key in needed if key not in tensors]
     if absent:
         raise CheckpointError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_transfer.checkpoint.info import EncoderInfo
 from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
@@ -24,7 +24,7 @@ _NEW_IN_TRANSFER = re.compile(
 )
 # Tensors that a backbone has no use for.
 _NOT_OF_THE_ENCODER = re.compile(
-    r"^(decoder_|wfm\.|dec_norms\.|mask_token$|encoder_mask_token$|head\.|head_norm\.|fc_norm\.)"
+    r"^(decoder_|wfm\.|dec_norms\.|mask_token$|encoder_mask_token$|head\.|head_dist\.|head_norm\.|fc_norm\.)"
 )
 # What a host may have been built without.
 _OPTIONAL_IN_HOST = re.compile(
@@ -188,5 +188,18 @@ def describe(vit: VisionTransformer, **fields: object) -> EncoderInfo:
         "patch_size": vit.patch_size,
         "image_size": vit.image_size,
         "channels": vit.num_channels,
+        "mlp_ratio": vit.mlp_ratio,
+        "ffn": vit.ffn,
+        "norm_eps": vit.norm_eps,
+        "cls_token": vit.cls_token is not None,
+        "num_registers": vit.num_prefix_tokens - (vit.cls_token is not None),
+        "absolute_positions": vit.pos_embed is not None,
+        "rope_base": vit.rope_base,
+        "final_norm": not isinstance(vit.norm, nn.Identity),
+        "layer_scale": not isinstance(vit.blocks[0].ls1, nn.Identity),
+        "window_size": vit.window_size,
+        "global_blocks": vit.global_blocks,
+        "relative_position": vit.relative_position,
+        "attention_image_size": None if vit.relative_position is None else vit.attention_image_size,
     }
     return EncoderInfo(**{**values, **fields})  # type: ignore[arg-type]  # fields are checked by the dataclass

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mae_transfer.checkpoint import families
+from mae_transfer.checkpoint import families, hub
 from mae_transfer.checkpoint.build import empty_encoder
 from mae_transfer.checkpoint.files import read_safetensors, read_torch
 from mae_transfer.checkpoint.info import EncoderInfo, infer_info
@@ -49,14 +49,33 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read any supported checkpoint file, a run folder of ours, or a sharded training state in one.
 
+    Args:
+        path: or an address: "hf://owner/name[@revision][/file]", "timm/name".
+
     Raises:
-        CheckpointError: missing, damaged, unsafe, or of an unknown family.
+        CheckpointError: missing, damaged, unsafe, or of an unknown family; an address that cannot be reached.
     """
-    path = resolve_path(path)
+    if not hub.is_address(path):
+        return _read(resolve_path(path))
+    fetched = hub.fetch(path)
+    checkpoint = _read(fetched.path)
+    # What the file says of itself stands; its place says where it is from, and the rest.
+    said = fetched.fields if not checkpoint.has_metadata else {"source": fetched.fields["source"]}
+    if not checkpoint.info.license:
+        said = {"license": fetched.fields.get("license", "")} | said
+    return replace(checkpoint, info=replace(checkpoint.info, **said))
+
+
+def _read(path: Path) -> Checkpoint:
     tensors, metadata = read_tensors(path)
     if metadata.get("family"):
         info = EncoderInfo.from_metadata(metadata, str(path))
-        tensors, left_out = _below(tensors, _own_prefix(tensors))
+        if names := metadata.get("names"):
+            from mae_transfer.checkpoint.formats import restore  # writes what this module reads
+
+            tensors, left_out = restore(tensors, info, names, path), []
+        else:
+            tensors, left_out = _below(tensors, _own_prefix(tensors))
         return Checkpoint(
             path=path, family=info.family, tensors=tensors, info=info, has_metadata=True, left_out=left_out
         )
@@ -216,11 +235,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """What to read: ``path`` itself, or ``encoder.safetensors`` of a run folder, or the weights of a Hugging Face one.
+    """What to read: ``path`` itself, or ``encoder.safetensors`` of a run folder, or the weights of a Hugging Face one;
+    of an address, the file in the cache.
 
     Raises:
         CheckpointError: nothing there.
     """
+    if hub.is_address(path):
+        return hub.fetch(path).path
     path = Path(path)
     if path.is_dir() and not is_sharded(path):
         names = ("encoder.safetensors", *HUGGING_FACE_FILES)

@@ -27,7 +27,7 @@ _PREFIXES = (
 def recognise(tensors: Mapping[str, Tensor]) -> tuple[Family, str] | None:
     """The family of a file's tensors and the prefix that its encoder stands below, or None."""
     for prefix in prefixes(tensors):
-        below = [name[len(prefix) :] for name in tensors if name.startswith(prefix)]
+        below = [name[len(prefix) :] if name.startswith(prefix) else name for name in tensors]
         for family in FAMILIES:
             if family.fits(below):
                 return family, prefix

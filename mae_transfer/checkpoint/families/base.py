@@ -88,7 +88,7 @@ class Family:
         return [mark for mark in (_literal(self.anchor), *self.marks) if not any(re.search(mark, n) for n in best)]
 
     def fits(self, names: Iterable[str]) -> bool:
-        """Names below the prefix."""
+        """Names of a file, without the prefix where they have it."""
         names = list(names)
         return self.share(names) == 1 and not any(re.search(mark, name) for mark in self.without for name in names)
 
