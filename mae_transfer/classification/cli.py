@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from mae_transfer.classification.config import ClassificationConfig
+from mae_transfer.classification.dry_run import dry_run
 from mae_transfer.classification.robustness import evaluate_checkpoint
 from mae_transfer.classification.run import classify
 from mae_transfer.engine.config import read_config, to_yaml
@@ -37,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
     action = result.add_mutually_exclusive_group()
     action.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     action.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="take a few real steps, print size, memory, speed and time, write nothing",
+    )
+    action.add_argument(
         "--evaluate",
         metavar="CHECKPOINT",
         help="print the accuracy of a trained classifier (file or run folder) on data.val, which may hold any of its "
@@ -56,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with processes(config.train.device) as group:
         if not group.is_main:
             logging.getLogger().setLevel(logging.WARNING)
+        if arguments.dry_run:
+            report = dry_run(config, group)
+            if group.is_main:
+                print(report)
+            return 0
         if arguments.evaluate is not None:
             report = evaluate_checkpoint(config, arguments.evaluate, group)
             if group.is_main:

@@ -6,11 +6,12 @@ A key that is null follows from the protocol, the model's size or the checkpoint
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mae_transfer.checkpoint import EncoderInfo, read_checkpoint
+from mae_transfer.checkpoint import EncoderInfo, read_checkpoint, vit_arguments
 from mae_transfer.classification.augment import ERASE_MODES
 from mae_transfer.data.settings import ImagesConfig, check_whole_patches, folders, pair
 from mae_transfer.data.share import check_share
@@ -19,9 +20,17 @@ from mae_transfer.engine.metrics import LogConfig as EngineLogConfig
 from mae_transfer.engine.optimizer import OptimConfig
 from mae_transfer.engine.run_folder import RunConfig
 from mae_transfer.engine.trainer import TrainConfig as EngineTrainConfig
-from mae_transfer.errors import ConfigError, nearest
+from mae_transfer.errors import ConfigError, nearest, unknown_key
 from mae_transfer.sizes import SIZES, get_size
+from mae_transfer.vit import VisionTransformer
 
+# Arguments of the encoder that have no key of their own in ``model``, with their defaults.
+_ARCHITECTURE = {
+    name: parameter.default
+    for name, parameter in inspect.signature(VisionTransformer).parameters.items()
+    if name not in ("image_size", "patch_size", "in_channels", "width", "depth", "num_heads")
+    and name not in ("drop_path", "checkpointing")
+}
 PROTOCOLS = ("finetune", "partial", "linear", "knn")
 POOLS = ("mean", "cls")
 KINDS = ("recipe", "crop", "none")
@@ -75,8 +84,13 @@ class ModelConfig:
     pool: str | None = None  # mean: of the patch tokens; cls. Null: mean in finetune and partial, cls in linear and knn
     drop_path: float | None = None  # null: the size's own in finetune and partial, else 0
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    # What else ``VisionTransformer`` takes (layer_scale, num_registers, rope_base …); null: as the checkpoint has it.
+    architecture: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for key in self.architecture:
+            if key not in _ARCHITECTURE:
+                raise unknown_key(f"model.architecture.{key}", [f"model.architecture.{name}" for name in _ARCHITECTURE])
         if self.size is not None and self.size != "custom":
             get_size(self.size)
         if self.patch_size is not None:
@@ -366,6 +380,7 @@ class ClassificationConfig:
             "num_heads": model.num_heads,
             "drop_path": model.drop_path,
             "checkpointing": model.checkpointing,
+            **model.architecture,
         }
 
 
@@ -377,6 +392,10 @@ def _filled_model(model: ModelConfig, info: EncoderInfo | None, *, trains_encode
         name = model.size or size.name
     else:
         patch, width, depth, num_heads, name = info.patch_size, info.width, info.depth, info.num_heads, info.size
+    architecture = {**_other_arguments(info), **model.architecture}
+    pool = model.pool or ("cls" if not trains_encoder and architecture.get("cls_token", True) else "mean")
+    if pool == "cls" and not architecture.get("cls_token", True):
+        raise ConfigError("model.pool=cls: this encoder has no cls token; use model.pool=mean")
     drop_path = model.drop_path
     if drop_path is None:
         drop_path = SIZES.get(name, SIZES["base"]).finetune_drop_path if trains_encoder else 0.0
@@ -387,9 +406,20 @@ def _filled_model(model: ModelConfig, info: EncoderInfo | None, *, trains_encode
         width=model.width or width,
         depth=model.depth or depth,
         num_heads=model.num_heads or num_heads,
-        pool=model.pool or ("mean" if trains_encoder else "cls"),
+        pool=pool,
         drop_path=drop_path,
+        architecture=architecture,
     )
+
+
+def _other_arguments(info: EncoderInfo | None) -> dict[str, Any]:
+    """Of what ``VisionTransformer`` takes to hold a checkpoint's encoder, that which is not its default."""
+    given = {} if info is None else vit_arguments(info)
+    return {
+        key: list(given[key]) if isinstance(given[key], tuple) else given[key]
+        for key, default in _ARCHITECTURE.items()
+        if key in given and given[key] != default
+    }
 
 
 def _check_choice(key: str, value: str | None, choices: tuple[str, ...]) -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mae_transfer.checkpoint import EncoderInfo, Report, load_checkpoint, read_checkpoint
-from mae_transfer.checkpoint.read import Checkpoint, read_tensors
+from mae_transfer.checkpoint import EncoderInfo, Report, load_checkpoint, read_checkpoint, vit_arguments
+from mae_transfer.checkpoint.read import read_tensors
 from mae_transfer.engine.run_folder import weights_file
 from mae_transfer.errors import CheckpointError, ConfigError
 from mae_transfer.vit import VisionTransformer
@@ -63,12 +63,13 @@ class Classifier(VisionTransformer):
     """
 
     def __init__(self, *, num_classes: int, pool: str = "mean", probe: bool = False, **encoder: Any) -> None:
-        super().__init__(final_norm=probe or pool == "cls", **encoder)
+        norm = encoder.pop("final_norm", True)  # some families have none; what a probe is put on stays as it is
+        super().__init__(final_norm=norm if probe else pool == "cls", **encoder)
         self.num_classes = num_classes
         self.pool = pool
         self.probe = probe
         averaged = pool == "mean" and not probe
-        self.fc_norm = nn.LayerNorm(self.width, eps=encoder.get("norm_eps", 1e-6)) if averaged else nn.Identity()
+        self.fc_norm = nn.LayerNorm(self.width, eps=self.norm_eps) if averaged else nn.Identity()
         linear = nn.Linear(self.width, num_classes)
         nn.init.trunc_normal_(linear.weight, std=_PROBE_STD if probe else _FINETUNE_STD)
         nn.init.zeros_(linear.bias)
@@ -113,14 +114,12 @@ class Classifier(VisionTransformer):
         """
         grad, frozen = torch.is_grad_enabled(), self.frozen_blocks
         with torch.set_grad_enabled(grad and frozen is None):
-            x, grid = self.embed(images)  # (N, 1 + L, D)
-            for index in range(frozen or 0):
-                x = self.blocks[index](x, grid)
-        for index in range(frozen or 0, self.depth):
-            x = self.blocks[index](x, grid)
+            x, grid = self.embed(images)  # (N, T, D), tokens of no place first
+            x = self.run_blocks(x, grid, stop=frozen or 0)
+        x = self.norm(self.run_blocks(x, grid, start=frozen or 0))
         if self.pool == "cls":
-            return self.norm(x)[:, 0]
-        return self.fc_norm(self.norm(x)[:, 1:].mean(dim=1))
+            return x[:, 0]
+        return self.fc_norm(x[:, self.num_prefix_tokens :].mean(dim=1))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Images (N, C, H, W), or their features (N, D) as ``encode`` gives them, -> logits (N, classes)."""
@@ -180,8 +179,7 @@ def load_classifier(path: str | Path, *, image_size: tuple[int, int] | None = No
         num_classes=len(weight),
         pool=metadata.get("pool", default),
         probe=probe,
-        **encoder_arguments(checkpoint),
-        image_size=info.image_size if image_size is None else image_size,
+        **{**vit_arguments(info), **({} if image_size is None else {"image_size": image_size})},
     )
     load_checkpoint(model, checkpoint)
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
@@ -189,15 +187,3 @@ def load_classifier(path: str | Path, *, image_size: tuple[int, int] | None = No
         raise CheckpointError(f"{path}: its head holds {sorted(head)}; expected {sorted(model.head.state_dict())}")
     classes = json.loads(metadata["classes"]) if "classes" in metadata else None
     return LoadedClassifier(model=model.eval(), info=info, classes=classes, metadata=metadata, path=path)
-
-
-def encoder_arguments(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What ``VisionTransformer`` takes, but for the image's size, to hold the encoder of a checkpoint."""
-    info = checkpoint.info
-    return {
-        "patch_size": info.patch_size,
-        "in_channels": info.channels,
-        "width": info.width,
-        "depth": info.depth,
-        "num_heads": info.num_heads,
-    }

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from mae_transfer.checkpoint import describe
 from mae_transfer.classification.augment import check_micro_batch, finish_batch
@@ -28,6 +29,7 @@ from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.ema import WeightAverage
 from mae_transfer.engine.objective import Objective, open_once
 from mae_transfer.engine.optimizer import build_optimizer
+from mae_transfer.engine.parallel import is_sharded
 from mae_transfer.engine.run_folder import RunFolder, git_commit
 from mae_transfer.engine.trainer import Trainer
 from mae_transfer.engine.work import encoder_training_flops
@@ -109,6 +111,8 @@ class ClassificationRun(Objective[LabelledBatch]):
         # Features that never change are computed here, by a model that is not spread over processes yet.
         self.dataset = self._make_dataset()
         trainer = super().trainer(folder)
+        if is_sharded(self.model):
+            register_fsdp_forward_method(self.model, "encode")
         self.average = trainer.average
         return trainer
 

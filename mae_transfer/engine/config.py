@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -31,6 +31,18 @@ def valid_keys(schema: type) -> list[str]:
             keys += [f"{field.name}.{leaf}" for leaf in valid_keys(section)]
         else:
             keys.append(field.name)
+    return keys
+
+
+def mapping_keys(schema: type) -> list[str]:
+    """The dotted keys of a config whose values are mappings with keys of their own."""
+    keys = []
+    for name, kind in get_type_hints(schema).items():
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            keys += [f"{name}.{leaf}" for leaf in mapping_keys(kind)]
+        elif get_origin(kind) is dict:
+            keys.append(name)
     return keys
 
 
@@ -95,13 +107,14 @@ def flatten(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_keys(given: Mapping[str, Any], schema: type) -> None:
     """Raises ConfigError for the first key, at any depth, that ``schema`` does not have."""
     valid = valid_keys(schema)
+    open_ended = tuple(f"{key}." for key in mapping_keys(schema))
     sections = {key.split(".")[0] for key in valid if "." in key}
     for key, value in flatten(given).items():
         if key in sections:
             if value is None:  # "data:" with nothing below it
                 raise ConfigError(f"section {key} is empty; remove it or give its keys")
             raise ConfigError(f"{key} is a section; set one of its keys, such as {_first(valid, key)}=…")
-        if key not in valid:
+        if key not in valid and not key.startswith(open_ended):
             raise unknown_key(key, valid)
 
 

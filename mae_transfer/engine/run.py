@@ -111,9 +111,9 @@ def check_same_run(before: Mapping[str, Any], config: RunSettings, *, free: Sequ
     # Read back through the schema, so that a key added since the checkpoint was written stands at its default.
     now, then = flatten(to_dict(config.resolved())), flatten(to_dict(build_config(type(config), before).resolved()))
     changed = [
-        f"{key} was {then[key]}, is {now[key]}"
-        for key in sorted(now)
-        if now[key] != then[key] and not key.startswith(tuple(free))
+        f"{key} was {then.get(key)}, is {now.get(key)}"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key) and not key.startswith(tuple(free))
     ]
     if changed:
         raise ConfigError(

@@ -103,13 +103,12 @@ def test_partial_leaves_the_rest_alone(blocks: str, frozen: str, classes: Path, 
 @pytest.mark.parametrize("kind", ["none", "crop"])
 def test_linear_probe_leaves_the_encoder_alone(kind: str, classes: Path, encoder: Path, tmp_path: Path) -> None:
     """On features computed once and on augmented images; the norm stays the pretrained one."""
-    more = (f"init_checkpoint={encoder}", f"augment.kind={kind}", "optim.base_lr=300")
+    more = (f"init_checkpoint={encoder}", f"augment.kind={kind}", "train.steps=6")
     assert run_tool(main, arguments("linear", classes, tmp_path / "run", *more)) == 0
     before, after = load_file(encoder), load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert int(after["head.0.num_batches_tracked"]) == 8 and after["head.0.running_mean"].any()
-    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert losses[-1] < losses[0]
+    assert int(after["head.0.num_batches_tracked"]) == 6 and after["head.0.running_mean"].any()
+    assert after["head.1.bias"].any(), "which starts at zero"
     loaded = load_classifier(tmp_path / "run")
     assert loaded.model.probe and loaded.model.pool == "cls"
 
@@ -137,6 +136,22 @@ def test_nearest_neighbours(classes: Path, encoder: Path, tmp_path: Path) -> Non
     assert run_tool(main, arguments("knn", classes, tmp_path / "run", *more)) == 2, "the folder is not empty"
 
 
+def test_dry_run(
+    classes: Path, encoder: Path, finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (f"init_checkpoint={encoder}", "partial.blocks=0.5", "log.peak_gflops=100", "--dry-run")
+    assert run_tool(main, arguments("partial", classes, tmp_path / "run", *more)) == 0
+    assert not (tmp_path / "run").exists()
+    text = capsys.readouterr().out
+    model = load_file(finetuned / "model.safetensors")
+    count = sum(tensor.numel() for tensor in model.values())
+    trained = [name for name in model if name.startswith(("blocks.1.mlp", "blocks.1.norm2", "fc_norm", "head"))]
+    part = sum(model[name].numel() for name in trained)
+    assert f"{count / 1e6:.2f} M parameters ({part / 1e6:.2f} M train); partial, the last 0.5 of 2 blocks" in text
+    assert "24 images, 8 steps of 8" in text and "classes          4; 12 images to test on" in text
+    assert "2 x evaluation" in text and "of the given 100 (MFU)" in text
+
+
 def start(command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*TOOL, *command], stderr=subprocess.PIPE, text=True, env=environment)
@@ -146,7 +161,7 @@ class Died(Exception):
     """In place of a power cut."""
 
 
-def test_resumed_to_the_last_bit(classes: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_to_the_last_bit(classes: Path, encoder: Path, tmp_path: Path) -> None:
     """Augmentation, mixup, drop path and average included; it goes on from the newest whole state."""
     more = (f"init_checkpoint={encoder}", "train.ema=0.9", "model.drop_path=0.3")
     assert run_tool(main, arguments("finetune", classes, tmp_path / "whole", *more)) == 0
@@ -158,8 +173,7 @@ def test_resumed_to_the_last_bit(classes: Path, encoder: Path, tmp_path: Path, m
             raise Died
         return loss(self, *given)  # type: ignore[arg-type]
 
-    with monkeypatch.context() as patched, pytest.raises(Died):
-        patched.setattr(ClassificationRun, "loss", dies)
+    with patch.object(ClassificationRun, "loss", dies), pytest.raises(Died):
         main(arguments("finetune", classes, tmp_path / "parts", *more))
     assert run_tool(main, arguments("finetune", classes, tmp_path / "parts", *more, "run.resume=auto")) == 0
     assert_same_to_the_last_bit(tmp_path / "parts", tmp_path / "whole")

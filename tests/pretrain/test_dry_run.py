@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mae_transfer.engine.rehearsal import parameter_table
 from mae_transfer.errors import run_tool
 from pretrain import build_mae
 from pretrain.cli import main
-from pretrain.dry_run import parameter_table
 from pretrain.planner import training_flops
 from tests.pictures import write_pictures
 from tests.pretrain.small import ARGUMENTS
