@@ -96,7 +96,8 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
             outside[name] = tensor
     config = read_config(path)
     converted = family.convert(families.Raw(path=path, tensors=own, prefix=prefix, outside=outside, config=config))
-    name, license = _by_surroundings(prefix, outside) or (family.name, family.license)
+    around = _by_surroundings(prefix, outside) if family.name == "vit" else None
+    name, license = around or (family.name, family.license)
     facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license}
     info = infer_info(converted.tensors, family=name, source=str(path), fields=facts | converted.fields)
     check_complete(converted.tensors, info, path, family.title)
