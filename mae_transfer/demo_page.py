@@ -68,6 +68,12 @@ def segmentation_scores(layout: Layout, start: str) -> dict[str, float]:
     return {"mIoU": last["mIoU"], "mean class accuracy": last["mAcc"], "pixel accuracy": last["aAcc"]}
 
 
+def classification_scores(layout: Layout, start: str) -> dict[str, float]:
+    """Top-1 in per cent after the last step."""
+    lines = read_lines(layout.classification(start) / "metrics.jsonl")
+    return {"top-1": curve(lines, "step", "val_top1")[-1][1]}
+
+
 def difference(metric: str, pretrained: float, random: float) -> str:
     """The two measurements and their difference, said plainly, whichever way it falls."""
     gap = round(pretrained, 1) - round(random, 1)
@@ -160,24 +166,28 @@ def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records:
         records: what is remembered of each.
     """
     page = Page(
-        title="From masked pretraining to detection and segmentation",
+        title="From masked pretraining to detection, segmentation and classification",
         lead="A small Vision Transformer learns from unlabelled images by filling in what is hidden. Its encoder then "
-        "starts Mask R-CNN in Detectron2 and UperNet in MMSegmentation, each beside the same run from random weights.",
+        "starts Mask R-CNN in Detectron2, UperNet in MMSegmentation and a classifier, each beside the same run from "
+        "random weights.",
     )
     panels = overview(layout, size)
     save_overview(panels, layout.out / "overview.png")
     detection = {start: detection_scores(layout, start) for start in STARTS}
     segmentation = {start: segmentation_scores(layout, start) for start in STARTS}
+    classification = {start: classification_scores(layout, start) for start in STARTS}
+    measured = [("box AP", detection), ("mask AP", detection), ("mIoU", segmentation), ("top-1", classification)]
     seconds = sum(record.seconds for record in records)
     facts = []
-    for metric, scores in (("box AP", detection), ("mask AP", detection), ("mIoU", segmentation)):
+    for metric, scores in measured:
         facts.append((" / ".join(_number(scores[start][metric]) for start in STARTS), f"{metric}: pretrained / random"))
     page.facts([*facts, (_clock(seconds), f"in all, on {os.cpu_count()} cores")])
-    _results(page, panels, detection, segmentation)
+    _results(page, panels, measured)
     _scenes(page, layout, size)
     _pretraining(page, layout, size)
     _detection(page, layout, size, detection)
     _segmentation(page, layout, size, segmentation)
+    _classification(page, layout, size, classification)
     _commands(page, stages, records)
     return page
 
@@ -185,8 +195,7 @@ def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records:
 def _results(
     page: Page,
     panels: Sequence[Sequence[Image.Image]],
-    detection: dict[str, dict[str, float]],
-    segmentation: dict[str, dict[str, float]],
+    measured: Sequence[tuple[str, dict[str, dict[str, float]]]],
 ) -> None:
     page.section("Results")
     caption = (
@@ -195,7 +204,7 @@ def _results(
     )
     page.picture_grid(OVERVIEW_COLUMNS, panels, caption=caption)
     bars = []
-    for metric, scores in (("box AP", detection), ("mask AP", detection), ("mIoU", segmentation)):
+    for metric, scores in measured:
         bars += [Bar(group=metric, name=STARTS[start], value=scores[start][metric]) for start in STARTS]
         page.text(difference(metric, scores["pretrained"][metric], scores["random"][metric]))
     page.bars(bars, unit="%", caption="Validation scenes; both starts had the same data, budget and settings.")
@@ -315,6 +324,33 @@ def _segmentation(page: Page, layout: Layout, size: DemoSize, scores: dict[str, 
     page.heading("Predictions on validation scenes")
     page.picture_grid(["image", "ground truth", *STARTS.values()], rows, caption="Every pixel's most likely class.")
     page.legend([(name, f"rgb{colour}") for name, colour in zip(CLASSES, _segmentation_drawing()[0])])
+
+
+def _classification(page: Page, layout: Layout, size: DemoSize, scores: dict[str, dict[str, float]]) -> None:
+    page.section("Classification")
+    page.text(
+        "Pictures of single objects, cut out of the scenes; a linear layer on the mean of the patch tokens, and the "
+        f"whole encoder with it, trained for {size.classification_steps} steps from each start."
+    )
+    page.chart(
+        [
+            Series(
+                name=STARTS[start],
+                points=averaged(curve(read_lines(layout.classification(start) / "metrics.jsonl"), "step", "loss"), 5),
+            )
+            for start in STARTS
+        ],
+        x_label="step",
+        y_label="training loss",
+        caption="Cross entropy, averaged over 5 steps.",
+    )
+    _score_table(page, scores, "Objects of the validation scenes.")
+    page.heading("Objects of validation scenes, by what they are and what they are taken for")
+    pictures = []
+    for start in STARTS:
+        with Image.open(layout.classification(start) / "confusion.png") as picture:
+            pictures.append(picture.convert("RGB"))
+    page.picture_grid([*STARTS.values()], [pictures], caption="Confusion matrices; right answers on the diagonal.")
 
 
 def _commands(page: Page, stages: Sequence[Stage], records: Sequence[Record]) -> None:

@@ -22,16 +22,20 @@ class DemoSize:
     pretrain: tuple[str, ...]  # overrides of configs/pretrain/tiny.yaml
     detection: tuple[str, ...]  # of configs/detection/tiny.py
     segmentation: tuple[str, ...]  # of configs/segmentation/upernet_tiny.py
+    classification: tuple[str, ...]  # of configs/classification/tiny_finetune.yaml
     pretrain_steps: int
     detection_iters: int
     segmentation_iters: int
-    seconds: tuple[int, int, int, int]  # scenes, pretraining, one detection run, one segmentation run: two quiet cores
+    classification_steps: int
+    seconds: tuple[int, int, int, int, int]  # scenes, pretraining, a run of each task: two quiet cores
 
 
 # Scenes are twice as wide as pretraining's 64-pixel crops: the smaller crops, a fifth of the area, show objects at the
 # scale at which detection and segmentation will meet them. Pixels as the target, rather than normalised pixels: the
 # pictures come sooner, and nothing of the hidden patches has to be put back to show them.
 _PRETRAIN = ("model.norm_pix_loss=false", "data.crop_scale=[0.2,1.0]", "log.evaluate_every_epochs=5")
+# Crops and flips only: so short a training gains nothing from stronger augmentation.
+_CLASSIFY = ("augment.kind=crop", "data.crop_scale=[0.35,1.0]", "model.drop_path=0", "log.evaluate_every_epochs=2")
 _ANCHORS = "model.anchor_sizes=[8,16,32,64,128]"
 FULL = DemoSize(
     unlabelled=640,
@@ -43,8 +47,10 @@ FULL = DemoSize(
     segmentation=("train.batch_size=4", "train.log_interval=10"),
     pretrain_steps=850,
     detection_iters=400,
+    classification=("train.batch_size=32", "optim.base_lr=8.0e-3", "optim.warmup_epochs=0.5", *_CLASSIFY),
     segmentation_iters=160,
-    seconds=(25, 165, 95, 70),
+    classification_steps=120,
+    seconds=(25, 165, 95, 70, 60),
 )
 SMOKE = DemoSize(
     side=64,
@@ -56,8 +62,10 @@ SMOKE = DemoSize(
     segmentation=("train.batch_size=2", "train.log_interval=1"),
     pretrain_steps=4,
     detection_iters=3,
+    classification=("train.batch_size=4", "optim.warmup_epochs=0.1", *_CLASSIFY, "log.every_steps=1"),
     segmentation_iters=3,
-    seconds=(8, 12, 25, 20),
+    classification_steps=3,
+    seconds=(8, 12, 25, 20, 12),
 )
 SIZES = {"full": FULL, "smoke": SMOKE}
 STARTS = {"pretrained": "pretrained encoder", "random": "random weights"}
@@ -119,6 +127,9 @@ class Layout:
     def segmentation(self, start: str) -> Path:
         return self.out / f"segmentation-{start}"
 
+    def classification(self, start: str) -> Path:
+        return self.out / f"classification-{start}"
+
     def record(self, stage: str) -> Path:
         return self.out / "stages" / f"{stage}.json"
 
@@ -146,7 +157,7 @@ def stages(layout: Layout, size: DemoSize) -> list[Stage]:
         return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
     coco, side = layout.scenes / "coco", size.side
-    scene_seconds, pretrain_seconds, detection_seconds, segmentation_seconds = size.seconds
+    scene_seconds, pretrain_seconds, detection_seconds, segmentation_seconds, classification_seconds = size.seconds
     counts = ("--unlabelled", str(size.unlabelled), "--train", str(size.train), "--val", str(size.val))
     result = [
         Stage(
@@ -236,6 +247,28 @@ def stages(layout: Layout, size: DemoSize) -> list[Stage]:
                 resume=("--resume",),
                 progress=lambda folder=folder: (  # type: ignore[misc]
                     0.85 * last_value([*folder.glob("*/vis_data/scalars.json")], "iter") / size.segmentation_iters
+                ),
+            )
+        )
+    for start in STARTS:
+        folder = layout.classification(start)
+        encoder = f"init_checkpoint={say(layout.encoder)}" if start == "pretrained" else "model.patch_size=8"
+        result.append(
+            Stage(
+                name=f"classification-{start}",
+                title=f"fine-tuning from {STARTS[start]}",
+                command=(
+                    *("tools/train_cls.py", "configs/classification/tiny_finetune.yaml"),
+                    *(f"data.{split}={say(layout.scenes / 'classes' / split)}" for split in ("train", "val")),
+                    *(encoder, "train.epochs=null", f"train.steps={size.classification_steps}"),
+                    *(*size.classification, f"run.dir={say(folder)}"),
+                ),
+                product=folder / "model.safetensors",
+                seconds=classification_seconds,
+                started=folder,
+                resume=("run.resume=auto",),
+                progress=lambda folder=folder: (  # type: ignore[misc]
+                    last_value([*folder.glob("metrics.jsonl")], "step") / size.classification_steps
                 ),
             )
         )

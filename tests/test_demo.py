@@ -43,15 +43,17 @@ def test_every_command_is_a_tool_with_files_that_exist(layout: Layout, size) -> 
 def test_both_starts_get_the_same_budget(layout: Layout) -> None:
     """The commands differ in where the encoder comes from and where the run is written, and in nothing else."""
     commands = {stage.name: stage.command for stage in stages(layout, FULL)}
-    for task in ("detection", "segmentation"):
+    for task in ("detection", "segmentation", "classification"):
         pretrained, random = (commands[f"{task}-{start}"] for start in ("pretrained", "random"))
         differing = [pair for pair in zip(pretrained, random, strict=True) if pair[0] != pair[1]]
         keys = {word.split("=")[0] for pair in differing for word in pair}
         encoder = {"detection": {"train.init_checkpoint", "model.patch_size"}}
         encoder["segmentation"] = {"init_checkpoint", "encoder.patch_size"}
+        encoder["classification"] = {"init_checkpoint", "model.patch_size"}
         folder = {
             "detection": {"train.output_dir"},
             "segmentation": {str(layout.segmentation(s)) for s in ("pretrained", "random")},
+            "classification": {"run.dir"},
         }
         assert keys == encoder[task] | folder[task]
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALLER = {
     "tools/make_scenes.py": "--size 64 --unlabelled 8 --train 4 --val 4 --workers 0",
     "tools/pretrain.py": "train.epochs=null train.steps=2 train.batch_size=4 optim.warmup_epochs=0",
+    "tools/train_cls.py": "train.epochs=null train.steps=2 train.batch_size=4 optim.warmup_epochs=0",
     "tools/train_det.py": "dataset.image_size=64 dataset.workers=0 train.max_iter=2 schedule.warmup_iters=1",
     "tools/train_seg.py": "dataset.crop_size=64 dataset.workers=0 train.max_iters=2 train.val_interval=2",
 }
@@ -47,7 +48,12 @@ def test_every_command_is_executed_and_leaves_what_readme_says(folder: Path) -> 
         arguments = [sys.executable, "-W", "ignore", tool, *rest, *SMALLER.get(tool, "").split()]
         result = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    for path in ("runs/reconstruction.png", "runs/encoder-for-detectron2.pth", "runs/detection/evaluation.json"):
+    for path in (
+        "runs/reconstruction.png",
+        "runs/encoder-for-detectron2.pth",
+        "runs/detection/evaluation.json",
+        "runs/classification/confusion.png",
+    ):
         assert (folder / path).is_file(), path
     assert len(list((folder / "runs" / "predictions").rglob("*.png"))) >= 4
     for code in blocks(ROOT / "README.md", "python"):  # they read what the commands wrote
