@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mae_transfer.classification.config import ClassificationConfig, DataConfig
+from mae_transfer.classification.config import ClassificationConfig
 from mae_transfer.classification.evaluate import predict
 from mae_transfer.classification.labels import class_numbers, read_class_map
 from mae_transfer.classification.metrics import Predictions
 from mae_transfer.classification.model import LoadedClassifier, load_classifier
+from mae_transfer.classification.sections import DataConfig
 from mae_transfer.classification.setting import Setting
 from mae_transfer.data.find import open_source
 from mae_transfer.engine.distribution import Processes

@@ -19,9 +19,9 @@ from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.precision import Precision
 
 if TYPE_CHECKING:
-    from mae_transfer.classification.config import DataConfig
     from mae_transfer.classification.model import Classifier
     from mae_transfer.classification.objective import ClassificationRun
+    from mae_transfer.classification.sections import DataConfig
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from mae_transfer.checkpoint import EncoderInfo, describe
-from mae_transfer.classification.config import ClassificationConfig, DataConfig, ModelConfig
+from mae_transfer.classification.config import ClassificationConfig
 from mae_transfer.classification.model import Classifier
+from mae_transfer.classification.sections import DataConfig, ModelConfig
 from tests.pictures import picture
 
 SIZE, PATCH = 32, 8

@@ -24,8 +24,8 @@ from mae_transfer.classification.augment import (
     drawing_from,
     finish_batch,
 )
-from mae_transfer.classification.config import AUGMENTATIONS
 from mae_transfer.classification.images import LabelledBatch
+from mae_transfer.classification.sections import AUGMENTATIONS
 from mae_transfer.data.draws import Draws, Purpose
 from mae_transfer.data.transforms import normalise
 from mae_transfer.errors import ConfigError, DataError

@@ -16,11 +16,11 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from mae_transfer.classification.config import KnnConfig
 from mae_transfer.classification.evaluate import Evaluation, predict
 from mae_transfer.classification.features import CachedFeatures, encode
 from mae_transfer.classification.knn import run_knn
 from mae_transfer.classification.model import Classifier
+from mae_transfer.classification.sections import KnnConfig
 from mae_transfer.classification.setting import Setting
 from mae_transfer.data.find import open_source
 from mae_transfer.data.sampler import SampleKey

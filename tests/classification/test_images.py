@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mae_transfer.classification.config import AugmentSection, ClassificationConfig, DataConfig, ModelConfig
+from mae_transfer.classification.config import ClassificationConfig
 from mae_transfer.classification.images import EvaluationImages, LabelledBatch, LabelledImages, evaluation_batches
+from mae_transfer.classification.sections import AugmentSection, DataConfig, ModelConfig
 from mae_transfer.classification.views import evaluation_view
 from mae_transfer.data.find import open_source
 from mae_transfer.data.sampler import SampleKey
