@@ -1,6 +1,7 @@
 """Checkpoints by an address on the Hugging Face Hub or a name of timm's, by way of their caches.
 
-"hf://owner/name", "hf://owner/name@revision", "hf://owner/name/folder/file.safetensors", "timm/vit_base_patch16_224.mae".
+"hf://owner/name", "hf://owner/name@revision", "hf://owner/name/folder/file.safetensors", and
+"timm/vit_base_patch16_224.mae".
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ def _download(repo: str, name: str, revision: str | None, *, required: bool = Tr
             return None
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         raise CheckpointError(
-            f"{where}: {reason}, and {name} is not in the cache ({constants.HF_HUB_CACHE}). Fetch it once where there is "
-            "a network, or give the path of a file"
+            f"{where}: {reason}, and {name} is not in the cache ({constants.HF_HUB_CACHE}). Fetch it once where there "
+            "is a network, or give the path of a file"
         ) from error
     except EntryNotFoundError:
         return None

@@ -73,7 +73,7 @@ def _read(path: Path) -> Checkpoint:
         if names := metadata.get("names"):
             from mae_transfer.checkpoint.formats import restore  # writes what this module reads
 
-            tensors, left_out = restore(tensors, info, names, path), []
+            tensors, left_out = restore(tensors, info, names, path), list[str]()
         else:
             tensors, left_out = _below(tensors, _own_prefix(tensors))
         return Checkpoint(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_transfer.checkpoint.build import empty_encoder
 from mae_transfer.checkpoint.info import EncoderInfo
-from mae_transfer.errors import ConfigError
+from mae_transfer.errors import CheckpointError, ConfigError
 from mae_transfer.position import resize_bias_table, resize_decomposed, resize_pos_embed
 
 if TYPE_CHECKING:  # the model imports nothing of this room, and this room needs only its type
@@ -63,6 +66,52 @@ def fit(
         info.grid if (2 * info.grid[0] - 1) * (2 * info.grid[1] - 1) + extra == tensor.shape[0] else (side, side)
     )
     return resize_bias_table(tensor, grid_from, grid_to)
+
+
+def resize_encoder(
+    tensors: Mapping[str, Tensor],
+    info: EncoderInfo,
+    *,
+    patch_size: tuple[int, int] | None = None,
+    image_size: tuple[int, int] | None = None,
+    method: str = "pinv",
+) -> tuple[dict[str, Tensor], EncoderInfo]:
+    """An encoder for other patches or images; a decoder goes along to another image.
+
+    Args:
+        tensors: in our names.
+        patch_size: None for its own. The grid stays as it is, and the image grows or shrinks with the patch, unless
+            ``image_size`` says otherwise.
+        image_size: (height, width) in pixels, to whose grid every position table is resized.
+        method: of the projection, see ``resize_projection``.
+
+    Raises:
+        ConfigError: an image that is no whole number of patches.
+        CheckpointError: other patches of a checkpoint with a decoder, which predicts their pixels.
+    """
+    patch = patch_size or info.patch_size
+    h, w = info.grid
+    image = image_size or (h * patch[0], w * patch[1])
+    if patch != info.patch_size and "decoder_pred.weight" in tensors:
+        raise CheckpointError(
+            f"the decoder predicts the pixels of {info.patch_size[0]}x{info.patch_size[1]} patches and cannot be taken "
+            f"to {patch[0]}x{patch[1]}; --encoder-only leaves it out"
+        )
+    attention = info.attention_image_size
+    if attention is not None:  # the grid that relative tables span stays
+        attention = (attention[0] // info.patch_size[0] * patch[0], attention[1] // info.patch_size[1] * patch[1])
+    wanted = replace(info, patch_size=patch, image_size=image, attention_image_size=attention)
+    if wanted.grid != info.grid:
+        wanted = replace(wanted, positions="learned")  # a resized table is no longer the fixed one
+    vit = empty_encoder(wanted)
+    own = vit.state_dict()
+    result = {
+        name: fit(name, tensor, own[name], vit, info, patch_resize=method) if name in own else tensor
+        for name, tensor in tensors.items()
+    }
+    if "decoder_pos_embed" in result:
+        result["decoder_pos_embed"] = resize_pos_embed(result["decoder_pos_embed"], info.grid, vit.grid)
+    return result, wanted
 
 
 def resize_projection(weight: Tensor, patch_size: tuple[int, int], *, method: str = "bicubic") -> Tensor:

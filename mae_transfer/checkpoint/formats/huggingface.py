@@ -42,8 +42,8 @@ def export(tensors: Tensors, info: EncoderInfo) -> Exported:
     """ViTMAEForPreTraining, or ViTMAEModel where there is no decoder.
 
     Raises:
-        CheckpointError: anything beyond a plain encoder and MAE's own decoder; with a decoder, an oblong image or patch,
-            of which transformers cannot build the model.
+        CheckpointError: anything beyond a plain encoder and MAE's own decoder; with a decoder, an oblong image or
+            patch, of which transformers cannot build the model.
     """
     decoder = "decoder_pred.weight" in tensors
     carried = frozenset({"eps"} if decoder else {"eps", "oblong"})
@@ -67,7 +67,7 @@ def export(tensors: Tensors, info: EncoderInfo) -> Exported:
         )
     if decoder and info.grid[0] != info.grid[1]:
         raise CheckpointError(
-            f"transformers builds ViTMAEForPreTraining for square grids only, this one is {info.grid[0]}x{info.grid[1]}; "
+            f"transformers builds ViTMAEForPreTraining for square grids only, not {info.grid[0]}x{info.grid[1]}; "
             "--encoder-only writes a ViTMAEModel, which may be oblong, or --image-size makes it square"
         )
     files = {

@@ -1,0 +1,136 @@
+"""What a checkpoint holds, and what of it each host would load."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mae_transfer.checkpoint.build import vit_arguments
+from mae_transfer.checkpoint.card import sha256
+from mae_transfer.checkpoint.formats import FORMATS
+from mae_transfer.checkpoint.formats.base import traits
+from mae_transfer.checkpoint.info import EncoderInfo
+from mae_transfer.checkpoint.load import encoder_state, load_checkpoint, shape_text, summarise
+from mae_transfer.checkpoint.read import HUGGING_FACE_FILES, Checkpoint, read_checkpoint
+from mae_transfer.checkpoint.sharded import is_sharded
+from mae_transfer.errors import CheckpointError, ConfigError, UserError
+from mae_transfer.sizes import quarter_blocks
+from mae_transfer.vit import VisionTransformer
+
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
+
+
+def checkpoints_of(path: str | Path) -> list[str | Path]:
+    """``path``, or, of a folder that is no checkpoint itself, the files in it that may be one."""
+    folder = Path(path)
+    whole = ("encoder.safetensors", *HUGGING_FACE_FILES)
+    if not folder.is_dir() or is_sharded(folder) or any((folder / name).is_file() for name in whole):
+        return [path]
+    files: list[str | Path] = [file for file in sorted(folder.iterdir()) if file.suffix in _ENDINGS]
+    return files or [path]  # reading says what is wrong with it
+
+
+def examine(path: str | Path) -> dict[str, Any]:
+    """Family, architecture, input convention, content, hosts, formats and sha256 of a checkpoint.
+
+    Raises:
+        CheckpointError: unreadable, or of no known family.
+    """
+    checkpoint = read_checkpoint(path)
+    info, tensors = checkpoint.info, checkpoint.tensors
+    encoder = encoder_state(tensors)
+    return {
+        "path": str(checkpoint.path),
+        "family": checkpoint.family,
+        "size": info.size,
+        **dataclasses.asdict(info),
+        "has_metadata": checkpoint.has_metadata,
+        "traits": list(traits(tensors, info).values()),
+        "parameters": sum(tensor.numel() for tensor in encoder.values()),
+        "tensors": len(encoder),
+        "positions_shape": shape_text(tensors["pos_embed"]) if "pos_embed" in tensors else None,
+        "hosts": {name: _in_host(checkpoint, arguments) for name, arguments in _hosts(info).items()},
+        "formats": {name: _as_format(checkpoint, name) for name in FORMATS},
+        "besides_the_encoder": summarise(name for name in tensors if name not in encoder),
+        "left_out": summarise(checkpoint.left_out),
+        "sha256": sha256(checkpoint.path) if checkpoint.path.is_file() else None,
+    }
+
+
+def inspect(path: str | Path) -> str:
+    """``examine``, as text."""
+    found = examine(path)
+    height, width = found["image_size"]
+    source = "from the file" if found["has_metadata"] else "assumed: the file does not say"
+    rows = {
+        "family": found["family"],
+        "encoder": f"{found['size']}: width {found['width']}, depth {found['depth']}, heads {found['num_heads']}",
+        "besides": ", ".join(found["traits"]),
+        "patch": f"{found['patch_size'][0]}x{found['patch_size'][1]} px",
+        "image": f"{height}x{width} px, {found['channels']} channels",
+        "mean, std": f"{found['mean']}, {found['std']} ({source})",
+        "parameters": f"{found['parameters'] / 1e6:.2f} M in the encoder, {found['tensors']} tensors",
+        "positions": found["positions_shape"] or "no table",
+        "not encoder": found["besides_the_encoder"] or "nothing: all of it is the encoder",
+        "not read": found["left_out"],
+        "licence": found["license"] or "unknown",
+        "source": found["source"],
+        "sha256": found["sha256"],
+        "git commit": found["git_commit"],
+    }
+    lines = [found["path"], *(f"  {name:<11} {value}" for name, value in rows.items() if value)]
+    for heading, answers in (("would load into", found["hosts"]), ("can be written as", found["formats"])):
+        lines.append(f"  {heading}")
+        lines += [f"    {name:<15} {answer}" for name, answer in answers.items()]
+    return "\n".join(lines)
+
+
+def _hosts(info: EncoderInfo) -> dict[str, dict[str, Any]]:
+    """What the hosts' published recipes build of this size, each at its image size and with patches of 16 where the
+    checkpoint has 14."""
+    patch = tuple(16 if side == 14 else side for side in info.patch_size)
+    blocks = quarter_blocks(info.depth) if info.depth >= 4 else ()
+
+    def of(side: int, **more: Any) -> dict[str, Any]:
+        return {"image_size": tuple(-(-side // p) * p for p in patch), "patch_size": patch, **more}
+
+    windows = {"window_size": 14, "global_blocks": blocks, "relative_position": "decomposed"}
+    return {
+        "detection": of(1024, cls_token=False, final_norm=False, **windows),
+        "segmentation": of(512, final_norm=False, relative_position="bias", layer_scale=1.0),
+        "classification": {},
+    }
+
+
+def _in_host(checkpoint: Checkpoint, arguments: dict[str, Any]) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that nothing is copied into a model without memory
+            with torch.device("meta"):
+                vit = VisionTransformer(**{**vit_arguments(checkpoint.info), **arguments})
+            report = load_checkpoint(vit, checkpoint)
+    except (CheckpointError, ConfigError) as error:
+        return f"no: {error}"
+    parts = [f"{len(report.loaded)} tensors as they are"]
+    if report.resized:
+        folded = summarise(report.resized)
+        shapes = ", ".join(dict.fromkeys(report.resized.values()))
+        parts.append(f"resized {folded}: {shapes}")
+    if report.missing:
+        parts.append(f"new {summarise(report.missing)}")
+    unused = [name for name in report.unexpected if name in encoder_state(checkpoint.tensors)]
+    if unused:
+        parts.append(f"without {summarise(unused)}")
+    return "; ".join(parts)
+
+
+def _as_format(checkpoint: Checkpoint, name: str) -> str:
+    try:
+        exported = FORMATS[name].export(checkpoint.tensors, checkpoint.info)
+    except UserError as error:
+        return f"no: {error}"
+    return "yes" + (f", without {summarise(exported.left_out)}" if exported.left_out else "")
