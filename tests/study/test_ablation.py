@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from mae_transfer.engine.config import read_config
@@ -191,3 +194,29 @@ def test_a_folder_keeps_its_study(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "No run is finished yet" in capsys.readouterr().out
     assert run_tool(main, [*command, "--pretrain-set", "train.epochs=1"]) == 2
     assert "holds another study: pretrain_settings was [], is ['train.epochs=1']" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_axis_from_pretraining_to_its_table(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for part in ("images/all", "train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / part).mkdir(parents=True)
+        for number in range(8):
+            pixels = generator.integers(0, 255, (40, 48, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / part / f"{number}.png")
+    folders = [word for key in ("images", "train", "val") for word in (f"--{key}", str(tmp_path / key))]
+    small = ["train.epochs=2", "train.batch_size=8", "optim.warmup_epochs=0"]
+    settings = [word for what in ("pretrain", "classify") for value in small for word in (f"--{what}-set", value)]
+    command = [sys.executable, str(ROOT / "tools" / "study.py"), "target", *folders, "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "| pixels |" in done.stdout and "| normalised pixels |" in done.stdout and "| random weights |" in done.stdout
+    )
+    content = json.loads((tmp_path / "out" / "target.json").read_text(encoding="utf-8"))
+    assert len(content) == 3 * 2 and all(0 <= value <= 100 for entry in content for value in entry["values"])
+    config = yaml.safe_load((tmp_path / "out" / "linear" / "normalised" / "seed-0" / "config.yaml").read_text())
+    assert config["protocol"] == "linear" and config["model"]["width"] == 128
+    again = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "8 of 8 runs are finished already" in again.stderr
+    assert again.stdout == done.stdout
