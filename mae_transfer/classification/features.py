@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +16,6 @@ from mae_transfer.classification.images import LabelledBatch
 from mae_transfer.classification.setting import Setting, readable_batches
 from mae_transfer.data.sampler import SampleKey
 from mae_transfer.data.source import Source
-
-if TYPE_CHECKING:
-    from mae_transfer.classification.objective import ClassificationRun
 
 logger = logging.getLogger(__name__)
 
@@ -65,24 +61,19 @@ def encode(setting: Setting, source: Source, what: str) -> Encoded:
     return Encoded(features=features, readable=readable.bool())
 
 
-def encode_all(run: ClassificationRun, source: Source, what: str) -> tuple[Tensor, np.ndarray]:
-    """``encode`` for a run: features (N, D), and which images could be read (N,) bool."""
-    encoded = encode(Setting.of(run), source, what)
-    return encoded.features, encoded.readable.numpy()
-
-
 class CachedFeatures(Dataset[LabelledBatch]):
     """Features in place of images: the same batches of the same samples, without decoding and without an encoder.
 
+    An image that could not be read has the features, and the label, of the next one that could.
+
     Args:
-        features: (N, D). labels: (N,).
-        readable: (N,) bool; the features of the next image that could be read take the place of the others', label
-            included.
+        labels: (N,).
     """
 
-    def __init__(self, features: Tensor, labels: np.ndarray, readable: np.ndarray) -> None:
-        self.features = features
+    def __init__(self, encoded: Encoded, labels: np.ndarray) -> None:
+        self.features = encoded.features
         self.labels = torch.from_numpy(labels)
+        readable = encoded.readable.numpy()
         following = np.where(readable, np.arange(len(labels)), len(labels))
         following = np.minimum.accumulate(following[::-1])[::-1]
         self._row = torch.from_numpy(np.where(following < len(labels), following, np.flatnonzero(readable)[0]))

@@ -17,10 +17,11 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from mae_transfer.checkpoint import describe
 from mae_transfer.classification.augment import check_micro_batch, finish_batch
 from mae_transfer.classification.config import ClassificationConfig
-from mae_transfer.classification.features import CachedFeatures, encode_all
+from mae_transfer.classification.features import CachedFeatures, encode
 from mae_transfer.classification.images import LabelledBatch, LabelledImages
 from mae_transfer.classification.labels import class_numbers, read_class_map
 from mae_transfer.classification.model import Classifier, load_encoder
+from mae_transfer.classification.setting import Setting
 from mae_transfer.data.batches import KeyedBatches, cached
 from mae_transfer.data.find import open_source
 from mae_transfer.data.share import choose_share
@@ -118,9 +119,9 @@ class ClassificationRun(Objective[LabelledBatch]):
 
     def _make_dataset(self) -> KeyedBatches[LabelledBatch]:
         if self.config.protocol == "linear" and self.config.augmentation.kind == "none":
-            features, readable = encode_all(self, self.source, "data.train")
+            encoded = encode(Setting.of(self), self.source, "data.train")
             self.sample_flops = 6.0 * self.model.width * self.model.num_classes  # the head alone, there and back
-            return CachedFeatures(features, self.labels, readable)
+            return CachedFeatures(encoded, self.labels)
         return LabelledImages(self.source, self.labels, config=self.config, seed=self.config.run.seed)
 
     def count_steps(self) -> int:

@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from mae_transfer.classification.evaluate import Evaluation, predict
-from mae_transfer.classification.features import CachedFeatures, encode
+from mae_transfer.classification.features import CachedFeatures, Encoded, encode
 from mae_transfer.classification.knn import run_knn
 from mae_transfer.classification.model import Classifier
 from mae_transfer.classification.sections import KnnConfig
@@ -187,8 +187,9 @@ def test_features_of_all_images(train: Path, val: Path, world_size: int) -> None
 
 
 def test_cached_features_take_the_place_of_images() -> None:
-    readable = np.array([True, False, False, True, True, False])
-    cached = CachedFeatures(torch.arange(12.0).view(6, 2), np.arange(6), readable)
+    readable = torch.tensor([True, False, False, True, True, False])
+    encoded = Encoded(features=torch.arange(12.0).view(6, 2), readable=readable)
+    cached = CachedFeatures(encoded, np.arange(6))
     batch = cached.__getitems__([SampleKey(0, index) for index in (0, 1, 2, 4, 5)])
     assert batch.labels.tolist() == [0, 3, 3, 4, 0] and len(cached) == 6
     assert batch.images[:, 0].tolist() == [0, 6, 6, 8, 0]
