@@ -9,9 +9,8 @@ import yaml
 
 from mae_transfer.checkpoint.files import atomic_write
 from mae_transfer.checkpoint.formats import Exported, Format
-from mae_transfer.checkpoint.formats.base import traits
+from mae_transfer.checkpoint.formats.base import parts, traits
 from mae_transfer.checkpoint.formats.timm import timm_arguments
-from mae_transfer.checkpoint.load import summarise
 from mae_transfer.checkpoint.read import Checkpoint
 
 # A card of ours says which export it is of; any other README.md is somebody's own.
@@ -55,7 +54,7 @@ def card(destination: Path, checkpoint: Checkpoint, exported: Exported, format: 
     weights = destination / "model.safetensors" if format.name == "hf" else destination
     rows = {
         "weights": f"`{weights.name}`, {format.title}; sha256 `{sha256(weights)}`",
-        "from": f"{info.source or checkpoint.path.name} ({info.family})",
+        "from": f"{info.source or '/'.join(checkpoint.path.parts[-2:])} ({info.family})",
         "encoder": f"{info.size}: width {info.width}, depth {info.depth}, {info.num_heads} heads",
         "patch, image": f"{info.patch_size[0]}x{info.patch_size[1]} px, {height}x{width} px, {info.channels} channels",
         "mean, std": f"{_numbers(info.mean)}, {_numbers(info.std)}, of values from 0 to 1"
@@ -66,9 +65,9 @@ def card(destination: Path, checkpoint: Checkpoint, exported: Exported, format: 
     if info.git_commit:
         rows["made by"] = f"commit {info.git_commit} of mae-transfer"
     if exported.left_out:
-        rows["left out"] = f"{summarise(exported.left_out)}, which the format does not hold"
+        rows["left out"] = f"{parts(exported.left_out)}, which the format does not hold"
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-    parts = [
+    sections = [
         f"---\n{yaml.safe_dump(hub_metadata(checkpoint, format), sort_keys=False, allow_unicode=True)}---",
         _MARK.format(destination.name),
         f"# {destination.stem if format.endings else destination.name}\n\n"
@@ -79,8 +78,8 @@ def card(destination: Path, checkpoint: Checkpoint, exported: Exported, format: 
         f"## Use\n\n```python\n{_usage(destination, checkpoint, exported, format)}\n```",
     ]
     if recipe := _recipe(checkpoint.path):
-        parts.append(f"## Recipe\n\nThe run that it comes from, `config.yaml`:\n\n```yaml\n{recipe}\n```")
-    return "\n\n".join(parts) + "\n"
+        sections.append(f"## Recipe\n\nThe run that it comes from, `config.yaml`:\n\n```yaml\n{recipe}\n```")
+    return "\n\n".join(sections) + "\n"
 
 
 def hub_metadata(checkpoint: Checkpoint, format: Format) -> dict[str, object]:
@@ -92,7 +91,7 @@ def hub_metadata(checkpoint: Checkpoint, format: Format) -> dict[str, object]:
     values |= {
         "library_name": format.library,
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["vision-transformer", "mae-transfer", info.family],
+        "tags": list(dict.fromkeys(["vision-transformer", "mae-transfer", info.family])),
     }
     if "/" in info.source and not info.source.startswith("/"):
         values["base_model"] = info.source.split("@")[0]
@@ -114,44 +113,49 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _recipe(path: Path) -> str:
-    """Config of the run that a checkpoint lies in; "" where it lies in none."""
+    """Config of the run that a checkpoint lies in, without the places of its files, which are nobody's business; ""
+    where it lies in none."""
     for folder in (path.parent, path.parent.parent):  # the run's folder, or its checkpoints/
         config = folder / "config.yaml"
         if config.is_file() and (folder / "metrics.jsonl").is_file():
-            return config.read_text(encoding="utf-8").strip()
+            sections = yaml.safe_load(config.read_text(encoding="utf-8"))
+            return yaml.safe_dump(_without_places(sections), sort_keys=False).strip()
     return ""
+
+
+def _without_places(node: object) -> object:
+    if isinstance(node, dict):
+        kept = {key: _without_places(value) for key, value in node.items()}
+        return {key: value for key, value in kept.items() if value is not None}
+    return None if isinstance(node, str) and ("/" in node or "\\" in node) else node
 
 
 def _usage(destination: Path, checkpoint: Checkpoint, exported: Exported, format: Format) -> str:
     name = destination.name
     if format.name == "hf":
         model = "ViTMAEForPreTraining" if _has_decoder(exported) else "ViTMAEModel"
-        lines = [f"from transformers import {model}", "", f'model = {model}.from_pretrained("{name}")']
-        if model == "ViTMAEModel":
-            lines += ["# It shuffles the patches, whose order ViTModel keeps: it reads the same folder, as", ""]
-            lines[-1:] = ['# ViTModel.from_pretrained("' + name + '", add_pooling_layer=False)']
-        return "\n".join(lines)
+        note = "  # shuffles the patches, unless given noise that rises" if model == "ViTMAEModel" else ""
+        return f'from transformers import {model}\n\nmodel = {model}.from_pretrained("{name}"){note}'
     if format.name == "timm":
-        arguments = timm_arguments(exported.tensors, checkpoint.info)
-        lines = ["from functools import partial", "", "import timm", "import torch", ""]
-        given = [f"    {key}={value!r}," for key, value in arguments.items()]
-        given.append(f"    norm_layer=partial(torch.nn.LayerNorm, eps={checkpoint.info.norm_eps:g}),")
-        if checkpoint.info.ffn == "swiglu":
-            lines.insert(4, "from timm.layers import SwiGLUPacked")
-            given[given.index(f"    mlp_ratio={checkpoint.info.mlp_ratio!r},")] = (
-                f"    mlp_ratio={2 * checkpoint.info.mlp_ratio!r},"  # both halves count
-            )
-            given += ["    mlp_layer=SwiGLUPacked,", "    act_layer=torch.nn.SiLU,"]
-        loading = (
-            f'model.load_state_dict(torch.load("{name}", weights_only=True)["model"])'
-            if destination.suffix == ".pth"
-            else f'model.load_state_dict(load_file("{name}"))'
-        )
-        if destination.suffix != ".pth":
-            lines.insert(4, "from safetensors.torch import load_file")
-        return "\n".join([*lines, 'model = timm.create_model(\n    "vit_base_patch16_224",', *given, ")", loading])
+        return _timm_usage(destination, checkpoint, exported)
     if format.name == "mmseg":
         return f'model = dict(backbone=dict(type="MAEViT", init_checkpoint="{name}"))  # mae_transfer.segmentation'
     if format.name == "detectron2":
         return f'train.init_checkpoint = "{name}"  # tools/train_det.py; names are backbone.net.*, as in Detectron2'
     return f'from mae_transfer import build_backbone\n\nvit = build_backbone("{name}")'
+
+
+def _timm_usage(destination: Path, checkpoint: Checkpoint, exported: Exported) -> str:
+    info, name = checkpoint.info, destination.name
+    gated = info.ffn == "swiglu"
+    arguments = [f"{key}={value!r}," for key, value in timm_arguments(exported.tensors, info).items()]
+    arguments.append(f"norm_layer=partial(torch.nn.LayerNorm, eps={info.norm_eps:g}),")
+    if gated:
+        arguments += ["mlp_layer=SwiGLUPacked,", "act_layer=torch.nn.SiLU,"]
+    single = destination.suffix == ".safetensors"
+    lines = ["from functools import partial", "", "import timm", "import torch"]
+    lines += ["from safetensors.torch import load_file"] if single else []
+    lines += ["from timm.layers import SwiGLUPacked"] if gated else []
+    weights = f'load_file("{name}")' if single else f'torch.load("{name}", weights_only=True)["model"]'
+    lines += ["", "model = timm.create_model(", '    "vit_base_patch16_224",']
+    return "\n".join([*lines, *(f"    {argument}" for argument in arguments), ")", f"model.load_state_dict({weights})"])

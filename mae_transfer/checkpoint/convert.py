@@ -13,9 +13,10 @@ from pathlib import Path
 from mae_transfer.checkpoint.card import write_card
 from mae_transfer.checkpoint.files import atomic_write, write_safetensors, write_torch
 from mae_transfer.checkpoint.formats import FORMATS, Exported, Format
+from mae_transfer.checkpoint.formats.base import parts
 from mae_transfer.checkpoint.info import EncoderInfo
 from mae_transfer.checkpoint.inspection import checkpoints_of, examine, inspect
-from mae_transfer.checkpoint.load import encoder_state, summarise
+from mae_transfer.checkpoint.load import encoder_state
 from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
 from mae_transfer.checkpoint.resize import METHODS, resize_encoder
 from mae_transfer.errors import EXIT_BAD_INPUT, CheckpointError
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = done.checkpoint
     print(f"{source.path} ({source.family}, {source.info.size}) -> {args.destination} ({args.to})")
     if done.left_out:
-        print(f"  left out    {summarise(done.left_out)}: {args.to} does not hold it")
+        print(f"  left out    {parts(done.left_out)}: {args.to} does not hold it")
     if done.card:
         print(f"  model card  {done.card} (licence: {source.info.license or 'unknown'})")
     return 0

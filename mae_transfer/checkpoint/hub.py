@@ -142,12 +142,15 @@ def _said_by_timm(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fetch_timm(name: str) -> Fetched:
     import timm
-    from timm.models import get_pretrained_cfg, load_state_dict  # noqa: F401  (the module registers its models)
+    from timm.models import get_pretrained_cfg
     from timm.models._hub import download_cached_file
 
     architecture = name.split(".")[0]
     known = timm.list_models("*vit*", pretrained=True)
-    cfg = get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(architecture) else None
+    try:
+        cfg = get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:  # the model is known, with other weights
+        cfg = None
     if cfg is None or not (cfg.hf_hub_id or cfg.url):
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {', '.join(f'timm/{other}' for other in close)}?" if close else ""

@@ -12,7 +12,7 @@ import torch
 from mae_transfer.checkpoint.build import vit_arguments
 from mae_transfer.checkpoint.card import sha256
 from mae_transfer.checkpoint.formats import FORMATS
-from mae_transfer.checkpoint.formats.base import traits
+from mae_transfer.checkpoint.formats.base import parts, traits
 from mae_transfer.checkpoint.info import EncoderInfo
 from mae_transfer.checkpoint.load import encoder_state, load_checkpoint, shape_text, summarise
 from mae_transfer.checkpoint.read import HUGGING_FACE_FILES, Checkpoint, read_checkpoint
@@ -55,7 +55,7 @@ def examine(path: str | Path) -> dict[str, Any]:
         "positions_shape": shape_text(tensors["pos_embed"]) if "pos_embed" in tensors else None,
         "hosts": {name: _in_host(checkpoint, arguments) for name, arguments in _hosts(info).items()},
         "formats": {name: _as_format(checkpoint, name) for name in FORMATS},
-        "besides_the_encoder": summarise(name for name in tensors if name not in encoder),
+        "besides_the_encoder": parts(name for name in tensors if name not in encoder),
         "left_out": summarise(checkpoint.left_out),
         "sha256": sha256(checkpoint.path) if checkpoint.path.is_file() else None,
     }
@@ -90,19 +90,27 @@ def inspect(path: str | Path) -> str:
 
 
 def _hosts(info: EncoderInfo) -> dict[str, dict[str, Any]]:
-    """What the hosts' published recipes build of this size, each at its image size and with patches of 16 where the
-    checkpoint has 14."""
+    """What the hosts build of this size: the published recipes of detection and segmentation at their image size, with
+    patches of 16 where the checkpoint has 14; classification takes the checkpoint's own architecture."""
     patch = tuple(16 if side == 14 else side for side in info.patch_size)
     blocks = quarter_blocks(info.depth) if info.depth >= 4 else ()
 
     def of(side: int, **more: Any) -> dict[str, Any]:
-        return {"image_size": tuple(-(-side // p) * p for p in patch), "patch_size": patch, **more}
+        return {
+            "image_size": tuple(-(-side // p) * p for p in patch),
+            "patch_size": patch,
+            "in_channels": info.channels,
+            "width": info.width,
+            "depth": info.depth,
+            "num_heads": info.num_heads,
+            **more,
+        }
 
     windows = {"window_size": 14, "global_blocks": blocks, "relative_position": "decomposed"}
     return {
         "detection": of(1024, cls_token=False, final_norm=False, **windows),
         "segmentation": of(512, final_norm=False, relative_position="bias", layer_scale=1.0),
-        "classification": {},
+        "classification": vit_arguments(info),
     }
 
 
@@ -111,21 +119,21 @@ def _in_host(checkpoint: Checkpoint, arguments: dict[str, Any]) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, that nothing is copied into a model without memory
             with torch.device("meta"):
-                vit = VisionTransformer(**{**vit_arguments(checkpoint.info), **arguments})
+                vit = VisionTransformer(**arguments)
             report = load_checkpoint(vit, checkpoint)
     except (CheckpointError, ConfigError) as error:
         return f"no: {error}"
-    parts = [f"{len(report.loaded)} tensors as they are"]
+    answers = [f"{len(report.loaded)} tensors as they are"]
     if report.resized:
         folded = summarise(report.resized)
         shapes = ", ".join(dict.fromkeys(report.resized.values()))
-        parts.append(f"resized {folded}: {shapes}")
+        answers.append(f"resized {folded}: {shapes}")
     if report.missing:
-        parts.append(f"new {summarise(report.missing)}")
+        answers.append(f"new {summarise(report.missing)}")
     unused = [name for name in report.unexpected if name in encoder_state(checkpoint.tensors)]
     if unused:
-        parts.append(f"without {summarise(unused)}")
-    return "; ".join(parts)
+        answers.append(f"without {summarise(unused)}")
+    return "; ".join(answers)
 
 
 def _as_format(checkpoint: Checkpoint, name: str) -> str:
@@ -133,4 +141,4 @@ def _as_format(checkpoint: Checkpoint, name: str) -> str:
         exported = FORMATS[name].export(checkpoint.tensors, checkpoint.info)
     except UserError as error:
         return f"no: {error}"
-    return "yes" + (f", without {summarise(exported.left_out)}" if exported.left_out else "")
+    return "yes" + (f", without {parts(exported.left_out)}" if exported.left_out else "")

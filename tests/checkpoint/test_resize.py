@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers.patch_embed import resample_patch_embed
+from timm.layers import patch_embed
 
 from mae_transfer import build_vit, load_backbone
 from mae_transfer.checkpoint import describe, write_safetensors
@@ -16,12 +17,20 @@ from mae_transfer.errors import CheckpointError, ConfigError
 
 
 @pytest.mark.parametrize(("old", "new"), [((14, 14), (16, 16)), ((16, 16), (14, 14)), ((8, 6), (12, 16))])
-def test_pseudo_inverse_is_timms(old: tuple[int, int], new: tuple[int, int]) -> None:
+def test_pseudo_inverse_is_timms_and_the_best_there_is(
+    old: tuple[int, int], new: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     weight = torch.randn(8, 3, *old)
     resized = resize_projection(weight, new, method="pinv")
-    theirs = resample_patch_embed(weight, list(new), interpolation="bicubic", antialias=True)
-    torch.testing.assert_close(resized, theirs, rtol=0, atol=2e-5)  # theirs inverts in single precision
+    monkeypatch.setattr(patch_embed, "DTYPE_INTERMEDIATE", torch.float64)  # timm inverts in single precision
+    theirs = patch_embed.resample_patch_embed(weight, list(new), interpolation="bicubic", antialias=True)
+    torch.testing.assert_close(resized, theirs, rtol=0, atol=1e-6)
+    # FlexiViT, Section 3.4: of all kernels the one whose tokens of resized patches are nearest to those of the patches.
+    pixels = torch.eye(old[0] * old[1], dtype=torch.float64).reshape(-1, 1, *old)
+    resizing = F.interpolate(pixels, size=new, mode="bicubic", antialias=True).flatten(1).numpy()
+    best = np.linalg.lstsq(resizing, weight.double().reshape(24, -1).numpy().T, rcond=None)[0].T.reshape(8, 3, *new)
+    np.testing.assert_allclose(resized.numpy(), best, rtol=0, atol=1e-6)
 
 
 def test_pseudo_inverse_keeps_the_token_of_an_enlarged_patch() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from mae_transfer.checkpoint.info import EncoderInfo
+from mae_transfer.checkpoint.load import summarise
 from mae_transfer.errors import CheckpointError
 
 Tensors = dict[str, Tensor]
@@ -64,6 +65,14 @@ class Format:
     key: str = "model"
     library: str = "mae-transfer"
     decoder: bool = False
+
+
+def parts(names: Iterable[str]) -> str:
+    """``summarise``, with what belongs to a decoder as one: "the decoder (52 tensors), mask_token"."""
+    names = list(names)
+    decoder = [name for name in names if name.startswith(("decoder_", "wfm.", "dec_norms."))]
+    rest = summarise(name for name in names if name not in decoder)
+    return ", ".join([f"the decoder ({len(decoder)} tensors)"] * bool(decoder) + [rest] * bool(rest))
 
 
 def traits(tensors: Mapping[str, Tensor], info: EncoderInfo) -> dict[str, str]:

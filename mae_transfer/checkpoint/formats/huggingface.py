@@ -150,6 +150,11 @@ def config(tensors: Tensors, info: EncoderInfo, *, decoder: bool) -> dict[str, A
     }
     if decoder:
         width = tensors["decoder_embed.weight"].shape[0]
+        if info.decoder_num_heads is None and width % 16:
+            raise CheckpointError(
+                "the source does not say how many heads its decoder has, and it is none of the published ones, which "
+                "have 16; --encoder-only leaves it out"
+            )
         blocks = [int(match[2]) for name in tensors if (match := _BLOCK.match(name)) and match[1]]
         values |= {
             "decoder_hidden_size": width,

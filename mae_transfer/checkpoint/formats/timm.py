@@ -62,7 +62,8 @@ def restore(tensors: Tensors, info: EncoderInfo) -> Tensors:
 
 
 def timm_arguments(tensors: Tensors, info: EncoderInfo) -> dict[str, Any]:
-    """What ``timm.create_model("vit_base_patch16_224", …)`` takes for a model that the exported tensors fit strictly.
+    """What ``timm.create_model("vit_base_patch16_224", …)`` takes for a model that the exported tensors fit strictly,
+    besides its layers: norms of ``info.norm_eps``, and for a gated MLP ``SwiGLUPacked`` with SiLU.
 
     Args:
         tensors: as exported.
@@ -76,7 +77,7 @@ def timm_arguments(tensors: Tensors, info: EncoderInfo) -> dict[str, Any]:
         "embed_dim": info.width,
         "depth": info.depth,
         "num_heads": info.num_heads,
-        "mlp_ratio": info.mlp_ratio,
+        "mlp_ratio": info.mlp_ratio * (2 if info.ffn == "swiglu" else 1),  # timm counts both halves of a gated one
         "num_classes": classes,
         "global_pool": pool,
     }
