@@ -219,17 +219,23 @@ class Attention(nn.Module):
         """Turn queries and keys of the patches, the last h·w tokens, by their place: (N, T, 3D) -> (N, T, 3D)."""
         n, t, packed = qkv.shape
         d, patches = packed // 3 // self.num_heads, grid[0] * grid[1]
-        assert self.rope_base is not None
-        if self._rotary is None or self._rotary[0] != grid or self._rotary[1].device != qkv.device:
-            cos, sin = rotary_2d(grid, d, base=self.rope_base)
-            self._rotary = (grid, cos.to(qkv.device), sin.to(qkv.device))
-        _, cos, sin = self._rotary  # (h·w, d)
+        cos, sin = self._rotations(grid, d, qkv.device)  # (h·w, d)
         heads = qkv.reshape(n, t, 3, self.num_heads, d)
         x = heads[:, t - patches :, :2].float()  # (N, h·w, 2, M, d)
         first, second = x.chunk(2, dim=-1)
         x = x * cos[:, None, None] + torch.cat([-second, first], dim=-1) * sin[:, None, None]
         rotated = torch.cat([heads[:, : t - patches, :2], x.to(qkv.dtype)], dim=1)  # (N, T, 2, M, d)
         return torch.cat([rotated, heads[:, :, 2:]], dim=2).reshape(n, t, packed)
+
+    def _rotations(self, grid: Grid, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``rotary_2d``, computed anew where the grid is not that of the call before."""
+        assert self.rope_base is not None
+        if torch.compiler.is_compiling():  # what a compiler sees there is none of the tensors that could be kept
+            return rotary_2d(grid, head_dim, base=self.rope_base, device=device)
+        if self._rotary is None or self._rotary[0] != grid or self._rotary[1].device != device:
+            with torch.inference_mode(False):  # training may use them next
+                self._rotary = (grid, *rotary_2d(grid, head_dim, base=self.rope_base, device=device))
+        return self._rotary[1:]
 
     def attend_in_pieces(self, qkv: Tensor, grid: Grid, window_size: int = 0) -> Tensor:
         """``attend_tokens`` for a CPU, windows included: (N, T, 3D) of real tokens -> (N, T, D)."""

@@ -82,7 +82,7 @@ def sincos_2d(width: int, grid: Grid, *, cls_token: bool = True) -> Tensor:
     return table.float()
 
 
-def rotary_2d(grid: Grid, head_dim: int, *, base: float) -> tuple[Tensor, Tensor]:
+def rotary_2d(grid: Grid, head_dim: int, *, base: float, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Cosines and sines by which DINOv3 rotates queries and keys (Siméoni et al. 2025; Su et al. 2021).
 
     A patch's place is its centre, rows and columns each from -1 to 1 over the image, whatever the grid. Channels pair
@@ -101,8 +101,8 @@ def rotary_2d(grid: Grid, head_dim: int, *, base: float) -> tuple[Tensor, Tensor
     """
     if head_dim % 4:
         raise ConfigError(f"rotary positions need heads of a width divisible by 4, got {head_dim}")
-    frequency = 1 / base ** torch.arange(0, 1, 4 / head_dim, dtype=torch.float32)  # (d/4,)
-    rows, columns = (2 * (torch.arange(0.5, length) / length) - 1 for length in grid)
+    frequency = 1 / base ** torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)  # (d/4,)
+    rows, columns = (2 * (torch.arange(0.5, length, device=device) / length) - 1 for length in grid)
     places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)  # (L, 2)
     angles = (2 * math.pi * places[:, :, None] * frequency).flatten(1).tile(2)  # (L, 2, d/4) -> (L, d/2) -> (L, d)
     return angles.cos(), angles.sin()

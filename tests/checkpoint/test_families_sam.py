@@ -84,7 +84,7 @@ def test_hugging_face_folder_of_the_whole_model(tmp_path: Path) -> None:
     """``config.json`` says the encoder's numbers below ``vision_config``; heads are not 64 wide here."""
     from transformers import SamConfig, SamModel
 
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         "vision_config": NUMBERS
         | {"hidden_size": 96, "num_hidden_layers": 2, "global_attn_indexes": [0], "mlp_dim": 96},
         "prompt_encoder_config": {"hidden_size": 8, "mask_input_channels": 4, "image_size": SIDE},

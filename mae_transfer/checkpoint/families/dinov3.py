@@ -53,9 +53,15 @@ def convert_plain(raw: Raw) -> Converted:
         if tensors.pop(f"{bias}_mask", None) is not None:
             given[rows // 3 : 2 * rows // 3] = 0  # what the mask does: keys have no bias
         tensors[bias] = given
-    if "rope_embed.periods" in raw.tensors:
-        _check_periods(raw.tensors["rope_embed.periods"], raw)
-    return _finish(raw, tensors, left_out)
+    converted = _finish(raw, tensors, left_out)
+    width = need(tensors, "cls_token", raw.path).shape[2]
+    periods = raw.tensors.get("rope_embed.periods")
+    if periods is None:  # timm's names: of the published sizes the 7B alone has heads of 128
+        converted.fields["num_heads"] = max(1, width // (128 if width == 4096 else 64))
+    else:
+        _check_periods(periods, raw)
+        converted.fields["num_heads"] = width // (4 * len(periods))
+    return converted
 
 
 def convert_huggingface(raw: Raw) -> Converted:
@@ -63,6 +69,12 @@ def convert_huggingface(raw: Raw) -> Converted:
     tensors, left_out = rename(raw.outside | raw.tensors, _HUGGINGFACE)
     converted = _finish(raw, join_qkv(tensors, r"blocks\.\d+\.attn\.", raw.path), left_out)
     converted.fields.update(config_fields(raw.config))
+    activation = "silu" if converted.fields["ffn"] == "swiglu" else "gelu"
+    if raw.config.get("hidden_act", activation) != activation:
+        raise CheckpointError(
+            f"{raw.path.parent / 'config.json'}: hidden_act is {raw.config['hidden_act']!r}; an encoder whose "
+            f"feed-forward is {converted.fields['ffn']} has {activation!r} here"
+        )
     converted.fields["rope_base"] = float(raw.config.get("rope_theta", ROPE_BASE))
     return converted
 
@@ -106,7 +118,12 @@ FAMILIES = (
         title="DINOv3, official or timm's names",
         anchor=ANCHOR,
         convert=convert_plain,
-        marks=(r"^cls_token$", r"^(storage_tokens|reg_token)$", r"^blocks\.0\.attn\.qkv\.weight$"),
+        marks=(
+            r"^cls_token$",
+            r"^(storage_tokens|reg_token)$",
+            r"^blocks\.0\.attn\.qkv\.weight$",
+            r"^blocks\.0\.(gamma_1|ls1\.gamma)$",
+        ),
         without=(r"^pos_embed$", r"relative_position_bias_table$"),
         license=_LICENSE,
     ),
