@@ -74,7 +74,7 @@ class Classifier(VisionTransformer):
         nn.init.trunc_normal_(linear.weight, std=_PROBE_STD if probe else _FINETUNE_STD)
         nn.init.zeros_(linear.bias)
         self.head = nn.Sequential(FeatureNorm(self.width), linear) if probe else linear
-        # Blocks that run without gradient behind embeddings that do; None where all of the encoder trains.
+        # So many first blocks, and the embeddings, run without gradient; None where all of the encoder trains.
         self.frozen_blocks: int | None = None
 
     def train_last(self, blocks: float) -> None:

@@ -82,7 +82,13 @@ class ClassificationRun(Objective[LabelledBatch]):
         self.val_source = cached(val, data)
         source = cached(train if len(chosen) == len(train) else Subset(train, chosen), data)
         super().__init__(self.config, processes, source=source, optim=self.config.optimizer)
-        check_micro_batch(self.config.augmentation, self.step_sampler(0).micro_batch_size)
+        micro_batch = self.step_sampler(0).micro_batch_size
+        check_micro_batch(self.config.augmentation, micro_batch)
+        if config.protocol == "linear" and micro_batch * processes.world_size < 2:
+            raise ConfigError(
+                f"train.batch_size={config.train.batch_size} with train.accumulate={config.train.accumulate} leaves "
+                "one image at a time, which has no batch statistics; a linear probe needs two or more"
+            )
         self.model = self._build_model().to(processes.device)
         self.sample_flops = encoder_training_flops(self.model, frozen_blocks=self.model.frozen_blocks)
 

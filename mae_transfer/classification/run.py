@@ -42,6 +42,8 @@ def classify(config: ClassificationConfig, processes: Processes) -> str | None:
         run,
         [evaluation.hook],
         free=_FREE_ON_RESUME,
+        # Who is mixed with whom, and whose statistics a probe takes, depends on the micro-batch.
+        bound=["train.accumulate"] if run.config.augmentation.mixes or not run.config.trains_encoder else [],
         finish=lambda folder, trainer: write_report(run, folder, evaluation.latest),
     )
 

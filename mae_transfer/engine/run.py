@@ -35,12 +35,14 @@ def carry_out(
     hooks: Sequence[Hook],
     *,
     free: Sequence[str] = (),
+    bound: Sequence[str] = (),
     finish: Callable[[RunFolder, Trainer[Any]], None] = lambda folder, trainer: None,
 ) -> str | None:
     """Train ``run`` in its folder, or go on where it stopped, to its end.
 
     Args:
         free: keys, besides ``FREE_ON_RESUME``, that a continuation may change; a prefix where they end in a dot.
+        bound: keys of ``FREE_ON_RESUME`` that change what this run learns.
         finish: called on every process after the last step and before the weights are written.
 
     Returns:
@@ -56,7 +58,8 @@ def carry_out(
     with folder.in_use() if processes.is_main else nullcontext():
         trainer = run.trainer(folder)
         trainer.hooks = hooks
-        _begin(run, trainer, checkpoint, free=free)
+        changeable = [key for key in (*FREE_ON_RESUME, *free) if key not in bound]
+        _begin(run, trainer, checkpoint, free=changeable)
         try:
             stopped_by = trainer.run()
             if stopped_by is None:
@@ -76,7 +79,7 @@ def _begin(run: Objective[Any], trainer: Trainer[Any], checkpoint: Path | None, 
     config, processes, folder = run.settings, run.processes, trainer.folder
     if checkpoint is not None:
         state = open_state(checkpoint)
-        check_same_run(state.facts["config"], config, free=(*FREE_ON_RESUME, *free))
+        check_same_run(state.facts["config"], config, free=free)
         trainer.load(state)
         logger.info("continuing from step %d of %d (%s)", trainer.step, run.num_steps, checkpoint)
     else:

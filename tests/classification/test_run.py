@@ -202,9 +202,13 @@ def test_killed_and_resumed_to_the_last_bit(classes: Path, encoder: Path, tmp_pa
 
 
 def test_a_continuation_is_the_same_run(finetuned: Path, classes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("run.resume=auto", "optim.layer_decay=0.5")
-    assert run_tool(main, arguments("finetune", classes, finetuned, *more)) == 2
-    assert "optim.layer_decay was 0.75, is 0.5" in capsys.readouterr().err
+    for given, message in (
+        ("optim.layer_decay=0.5", "optim.layer_decay was 0.75, is 0.5"),
+        ("train.accumulate=1", "train.accumulate was 2, is 1"),  # other images would be mixed
+    ):
+        more = ("run.resume=auto", "train.accumulate=2", given)
+        assert run_tool(main, arguments("finetune", classes, finetuned, *more)) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -214,6 +218,7 @@ def test_a_continuation_is_the_same_run(finetuned: Path, classes: Path, capsys: 
         (["data.val=null"], "data.val is not set"),
         (["init_checkpoint=nowhere.pth"], "nowhere.pth does not exist"),
         (["train.batch_size=7"], "micro-batch has 7"),
+        (["protocol=linear", "optim.warmup_epochs=0", "train.batch_size=1"], "needs two or more"),
         (["model.num_classes=3"], "unknown key model.num_classes"),
     ],
 )
