@@ -27,7 +27,7 @@ GROUND = [
     "checkpoint",
 ]
 SHARED = ["data", "engine", "probe", "visualize", "charts", "report"]
-HOST_ROOMS = ["detection", "segmentation"]
+HOST_ROOMS = ["detection", "segmentation", "classification"]
 
 
 def modules(folder: str) -> list[Path]:
