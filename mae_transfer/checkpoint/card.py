@@ -125,7 +125,7 @@ def _recipe(path: Path) -> str:
 
 def _without_places(node: object) -> object:
     if isinstance(node, dict):
-        kept = {key: _without_places(value) for key, value in node.items()}
+        kept = {key: value if str(value).startswith("hf:") else _without_places(value) for key, value in node.items()}
         return {key: value for key, value in kept.items() if value is not None}
     return None if isinstance(node, str) and ("/" in node or "\\" in node) else node
 

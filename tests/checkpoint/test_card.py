@@ -13,6 +13,7 @@ from mae_transfer import build_vit
 from mae_transfer.checkpoint import describe, write_safetensors
 from mae_transfer.checkpoint.card import sha256
 from mae_transfer.checkpoint.convert import convert
+from mae_transfer.checkpoint.lineage import lineage
 from pretrain import build_mae
 
 SMALL = {"size": "tiny", "image_size": 32, "patch_size": 8, "width": 48, "depth": 1, "num_heads": 3}
@@ -53,6 +54,14 @@ def test_an_official_mae_file_is_not_for_commerce(tmp_path: Path) -> None:
     # The licence goes on with the file that was written.
     again = convert(done.destination, tmp_path / "again" / "x.pth", "timm")
     assert head(again.card)["license"] == "cc-by-nc-4.0"
+
+
+def test_a_licence_goes_on_through_training(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert lineage(None) == {} == lineage(own)
+    mae = build_mae(**SMALL, decoder_width=32, decoder_depth=1, decoder_num_heads=2)
+    torch.save({"model": mae.state_dict()}, tmp_path / "official.pth")
+    assert lineage(tmp_path / "official.pth") == {"source": "official.pth", "license": "cc-by-nc-4.0"}
+    assert lineage(tmp_path / "gone.pth") == {} and "not known any more" in caplog.text
 
 
 def test_an_unknown_licence_is_said_to_be_unknown(own: Path, tmp_path: Path) -> None:
