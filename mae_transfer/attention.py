@@ -166,6 +166,8 @@ class Attention(nn.Module):
         self.cls_token = cls_token
         self.rope_base = rope_base
         self._rotary: tuple[Grid, Tensor, Tensor] | None = None  # of the last grid
+        if rope_base is not None and (width // num_heads) % 4:
+            raise ConfigError(f"rotary positions need heads of a width divisible by 4, got {width // num_heads}")
         if relative is None:
             return
         if rope_base is not None:

@@ -1,7 +1,7 @@
 """Layer-wise learning-rate decay: one rule for every host (BEiT; MAE Appendix A.1; ViTDet Section 3).
 
-Layer ids: cls_token, register_tokens, pos_embed, patch_embed and mask_token 0; block i is i + 1; everything else (norm, fc_norm,
-pyramid, heads) depth + 1. The learning rate of a parameter is scaled by rate^(depth + 1 − id).
+Layer ids: cls_token, register_tokens, pos_embed, patch_embed and mask_token 0; block i is i + 1; everything else
+(norm, fc_norm, pyramid, heads) depth + 1. The learning rate of a parameter is scaled by rate^(depth + 1 − id).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mae_transfer.errors import ConfigError
 
-_EMBEDDINGS = ("cls_token", "register_tokens", "pos_embed", "patch_embed", "mask_token", "encoder_mask_token")
+_TOKENS = ("cls_token", "register_tokens", "pos_embed", "mask_token", "encoder_mask_token")
+_EMBEDDINGS = (*_TOKENS, "patch_embed")
 # The encoder's own part of a parameter's name, behind whatever prefix a host or a wrapper (DDP's "module.", FSDP's
 # "_fsdp_wrapped_module.", compile's "_orig_mod.") puts before it.
 _ENCODER_PREFIX = r"(?:^|.*\b(?:net|backbone|encoder|vit|_orig_mod|module|_fsdp_wrapped_module)\.)"
@@ -74,7 +75,7 @@ NoDecay = Callable[[str, Tensor], bool]
 def no_decay_1d(name: str, parameter: Tensor) -> bool:
     """The MAE paper's rule: 1-D parameters (norms, biases, layer scale), pos_embed and the tokens are not decayed."""
     leaf = name.rsplit(".", 1)[-1]
-    return parameter.ndim <= 1 or leaf in ("pos_embed", "cls_token", "register_tokens", "mask_token", "encoder_mask_token")
+    return parameter.ndim <= 1 or leaf in _TOKENS
 
 
 def parameter_groups(

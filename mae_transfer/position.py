@@ -95,12 +95,7 @@ def rotary_2d(grid: Grid, head_dim: int, *, base: float, device: torch.device | 
 
     Returns:
         Two (h·w, d), float32.
-
-    Raises:
-        ConfigError: the head is not divisible by 4.
     """
-    if head_dim % 4:
-        raise ConfigError(f"rotary positions need heads of a width divisible by 4, got {head_dim}")
     frequency = 1 / base ** torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)  # (d/4,)
     rows, columns = (2 * (torch.arange(0.5, length, device=device) / length) - 1 for length in grid)
     places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)  # (L, 2)
