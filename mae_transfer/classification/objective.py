@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from mae_transfer.checkpoint import describe
+from mae_transfer.checkpoint.lineage import lineage
 from mae_transfer.classification.augment import check_micro_batch, finish_batch
 from mae_transfer.classification.config import ClassificationConfig
 from mae_transfer.classification.features import CachedFeatures, encode
@@ -156,7 +157,13 @@ class ClassificationRun(Objective[LabelledBatch]):
 
     def metadata(self) -> dict[str, str]:
         """What transfer needs to know of the encoder, and a reader of the head of its classes."""
-        info = describe(self.model, mean=tuple(self.mean), std=tuple(self.std), git_commit=git_commit())
+        info = describe(
+            self.model,
+            mean=tuple(self.mean),
+            std=tuple(self.std),
+            git_commit=git_commit(),
+            **lineage(self.config.init_checkpoint),
+        )
         own = {"protocol": self.config.protocol, "pool": str(self.config.model.pool)}
         return {**info.to_metadata(), **own, "classes": json.dumps(self.classes)}
 
