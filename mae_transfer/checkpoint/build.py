@@ -36,11 +36,12 @@ def vit_arguments(info: EncoderInfo) -> dict[str, Any]:
     }
 
 
-def build_backbone(path: str | Path, **overrides: Any) -> VisionTransformer:
+def build_backbone(path: str | Path, *, patch_resize: str | None = None, **overrides: Any) -> VisionTransformer:
     """The encoder of any supported checkpoint, of the architecture that the file is of, with its weights.
 
     Args:
         path: as ``load_backbone`` takes it.
+        patch_resize: for another ``patch_size`` than the file's: "pinv" or "bicubic", as ``load_backbone`` takes it.
         overrides: arguments of ``VisionTransformer`` in place of the checkpoint's: another ``image_size`` resizes
             positions, ``drop_path`` trains with it, ``cls_token=False`` or ``final_norm=False`` leave theirs out.
 
@@ -54,7 +55,7 @@ def build_backbone(path: str | Path, **overrides: Any) -> VisionTransformer:
 
     checkpoint = read_checkpoint(path)
     vit = VisionTransformer(**{**vit_arguments(checkpoint.info), **overrides})
-    load_checkpoint(vit, checkpoint)
+    load_checkpoint(vit, checkpoint, patch_resize=patch_resize)
     return vit
 
 

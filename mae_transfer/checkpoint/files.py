@@ -7,17 +7,28 @@ import json
 import os
 import pickle
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy._core import multiarray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_transfer.errors import CheckpointError
+
+# What torch.load may build besides tensors and plain values: the arguments of a run, and its best accuracy as numpy
+# gives it. numpy 1 calls its own part "core", numpy 2 "_core".
+_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    *((multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+]
 
 
 @contextmanager
@@ -74,13 +85,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_torch(path: Path) -> Any:
     """Content of a ``torch.save`` file that holds tensors and plain containers only.
 
-    ``argparse.Namespace``, which official training checkpoints carry, is tolerated.
+    ``argparse.Namespace`` and numpy's numbers, which training checkpoints carry, are tolerated.
 
     Raises:
         CheckpointError: not such a file, truncated, or a pickle that holds anything else.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
         first = str(error).strip().splitlines()[0]

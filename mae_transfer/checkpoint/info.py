@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from mae_transfer.sizes import SIZES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# By width, which is all that a file shows: our sizes, and published ones whose heads are not 64 wide (SO400M, g, G).
+_HEADS = {size.width: size.num_heads for size in SIZES.values()} | {1152: 16, 1408: 16, 1664: 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +126,8 @@ def infer_info(
 ) -> EncoderInfo:
     """Read the architecture off the tensors of a file that carries no metadata, in our key names.
 
-    Heads cannot be read off; they follow from the width (64 wide a head, 80 for huge). The image is taken to be
-    square, and the normalisation to be ImageNet's, as for every published MAE.
+    Heads cannot be read off; they follow from the width (64 wide a head but for published sizes such as huge, 80).
+    The image is taken to be square, and the normalisation to be ImageNet's, as for every published MAE.
 
     Args:
         fields: what is known of the family, or of a config beside the file; it wins.
@@ -141,20 +145,26 @@ def infer_info(
             f"{source} holds no Vision Transformer that is known here: {', '.join(absent)} not found among its "
             f"{len(tensors)} tensors (first: {', '.join(list(tensors)[:5]) or 'none'})"
         )
+    for key, axes in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc2.weight", 2), ("pos_embed", 3)):
+        if key in tensors and tensors[key].ndim != axes:
+            raise CheckpointError(
+                f"{source}: {key} is {tuple(tensors[key].shape)}, expected {axes} axes; the file is damaged, or of a "
+                "model that is not known here"
+            )
     width, channels, p_h, p_w = tensors["patch_embed.proj.weight"].shape
     if "image_size" not in known or "pos_embed" in tensors:
         known["image_size"] = _image_size(tensors["pos_embed"], (p_h, p_w), known.get("image_size"), source)
     grid = known["image_size"][0] // p_h, known["image_size"][1] // p_w
-    num_heads = {size.width: size.num_heads for size in SIZES.values()}.get(width, max(1, width // 64))
+    num_heads = _HEADS.get(width, max(1, width // 64))
     read_off: dict[str, Any] = {
         "width": width,
-        "depth": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        "depth": 1 + max(int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))),
         "num_heads": num_heads,
         "patch_size": (p_h, p_w),
         "channels": channels,
         "mlp_ratio": tensors["blocks.0.mlp.fc2.weight"].shape[1] / width,
         "cls_token": "cls_token" in tensors,
-        "final_norm": "norm.weight" in tensors,
+        "final_norm": "norm.weight" in tensors or "norm.bias" in tensors,
         "layer_scale": "blocks.0.ls1.gamma" in tensors,
         **_relative_position(tensors, grid),
     }

@@ -26,10 +26,9 @@ _NEW_IN_TRANSFER = re.compile(
 _NOT_OF_THE_ENCODER = re.compile(
     r"^(decoder_|wfm\.|dec_norms\.|mask_token$|encoder_mask_token$|head\.|head_dist\.|head_norm\.|fc_norm\.)"
 )
-# What a host may have been built without.
-_OPTIONAL_IN_HOST = re.compile(
-    r"^(cls_token$|norm\.|.*\.ls[12]\.gamma$|.*\.rel_pos_[hw]$|.*relative_position_bias_table$)"
-)
+# What a host may have been built without; relative positions come and go with the host (ViTDet, Li et al.).
+_OPTIONAL_IN_HOST = re.compile(r"^(cls_token$|norm\.|.*\.rel_pos_[hw]$|.*relative_position_bias_table$)")
+_LAYER_SCALE = re.compile(r".*\.ls[12]\.gamma$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +84,8 @@ def load_backbone(vit: VisionTransformer, path: str | Path, *, patch_resize: str
     """Load an encoder from any supported checkpoint, strictly.
 
     Position embeddings (absolute and relative) are resized to the model's grid. Explained, hence allowed: missing
-    relative position, layer scale, fc_norm and heads; unused decoder, mask token and classification head, and
-    cls_token or norm where the model has none.
+    relative position, layer scale, fc_norm and heads; unused decoder, mask token and classification head;
+    cls_token, norm or relative positions where the model has none; a layer scale of one.
 
     Args:
         path: a file, a folder, "hf://owner/name[@revision][/file]" or "timm/name".
@@ -118,7 +117,11 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint, *, patch_res
             resized[name] = f"{shape_text(tensor)} -> {shape_text(fitted)}"
         loaded[name] = fitted
     missing = [name for name in own if name not in checkpoint.tensors]
-    problems = _problems(missing, unexpected, mismatched)
+    problems = list_problems(
+        [name for name in missing if not _NEW_IN_TRANSFER.match(name)],
+        [name for name in unexpected if not _is_dispensable(name, checkpoint.tensors[name])],
+        mismatched,
+    )
     if problems:
         raise CheckpointError(
             f"{checkpoint.path} ({checkpoint.family}, {checkpoint.info.size}) does not fit this "
@@ -138,12 +141,11 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint, *, patch_res
     )
 
 
-def _problems(missing: list[str], unexpected: list[str], mismatched: list[str]) -> list[str]:
-    return list_problems(
-        [name for name in missing if not _NEW_IN_TRANSFER.match(name)],
-        [name for name in unexpected if not (_NOT_OF_THE_ENCODER.match(name) or _OPTIONAL_IN_HOST.match(name))],
-        mismatched,
-    )
+def _is_dispensable(name: str, tensor: Tensor) -> bool:
+    """Whether a model may go without this tensor of a file's: a layer scale other than one is part of every block."""
+    if _LAYER_SCALE.match(name):
+        return bool((tensor == 1).all())
+    return bool(_NOT_OF_THE_ENCODER.match(name) or _OPTIONAL_IN_HOST.match(name))
 
 
 def list_problems(lacking: list[str], foreign: list[str], mismatched: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,15 +95,22 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         else:
             outside[name] = tensor
     config = read_config(path)
+    if config.get("hidden_act", "gelu") not in ("gelu", "silu"):  # DINOv3's gated MLP has the latter
+        raise CheckpointError(
+            f"{path}: the config.json beside it says hidden_act {config['hidden_act']!r}; the encoder here has 'gelu'"
+        )
     converted = family.convert(families.Raw(path=path, tensors=own, prefix=prefix, outside=outside, config=config))
     around = _by_surroundings(prefix, outside) if family.name == "vit" else None
     name, license = around or (family.name, family.license)
     facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license}
     info = infer_info(converted.tensors, family=name, source=str(path), fields=facts | converted.fields)
     check_complete(converted.tensors, info, path, family.title)
+    if name == "vit" and info.positions == "sincos":
+        # MAE's encoder alone has timm's names; of the families in these, it alone has this fixed table.
+        info = replace(info, family="mae", license="cc-by-nc-4.0")
     return Checkpoint(
         path=path,
-        family=name,
+        family=info.family,
         tensors=converted.tensors,
         info=info,
         has_metadata="image_mean" in config,
@@ -111,7 +118,7 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     )
 
 
-def _by_surroundings(prefix: str, outside: Mapping[str, Tensor]) -> tuple[str, str] | None:
+def _by_surroundings(prefix: str, outside: Iterable[str]) -> tuple[str, str] | None:
     """Family and licence by what stands around an encoder whose own names many share."""
     if "base_encoder." in prefix or "momentum_encoder." in prefix:
         return "moco-v3", "cc-by-nc-4.0"
@@ -126,10 +133,11 @@ def _by_surroundings(prefix: str, outside: Mapping[str, Tensor]) -> tuple[str, s
 def _read_hosted(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     """An encoder in our names inside a detector or segmenter, which may lack a cls token and norm."""
     prefix = _own_prefix(tensors)
-    if not prefix.endswith(("backbone.net.", "backbone.")):
-        raise _unknown(path, tensors)
     below, left_out = _below(tensors, prefix)
-    family = "detectron2" if prefix.endswith("net.") else "mmseg"
+    around = _by_surroundings(prefix, left_out)
+    if around is None or around[0] not in ("detectron2", "mmseg"):
+        raise _unknown(path, tensors)
+    family = around[0]
     info = infer_info(below, family=family, source=str(path), fields={"source": path.name})
     return Checkpoint(path=path, family=family, tensors=below, info=info, has_metadata=False, left_out=left_out)
 
@@ -262,11 +270,11 @@ def resolve_path(path: str | Path) -> Path:
 def find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """The mapping of names to tensors in what ``torch.load`` gave, wherever it is nested."""
     while isinstance(content, Mapping):
-        tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-        if tensors:
-            return tensors
         nest = next((key for key in _NESTS if isinstance(content.get(key), Mapping)), None)
-        if nest is None:
+        if nest is None:  # tensors beside a nest, such as the state of a random generator, are no weights
+            tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+            if tensors:
+                return tensors
             break
         content = content[nest]
     found = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__

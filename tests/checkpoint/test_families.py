@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mae_transfer import build_backbone
+from mae_transfer import VisionTransformer, build_backbone, load_backbone
 from mae_transfer.checkpoint import read_checkpoint, write_safetensors
 from mae_transfer.checkpoint.families import FAMILIES, nearest
 from mae_transfer.errors import CheckpointError
@@ -36,6 +37,8 @@ def draw(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.requires_grad:
+                continue  # a table of positions that is known by being what it is
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -68,7 +71,7 @@ def save_timm_training(folder: Path) -> Sample:
     model = timm_model()
     path = folder / "model_best.pth.tar"
     content = {"epoch": 3, "arch": "vit_tiny", "state_dict": model.state_dict(), "args": argparse.Namespace(lr=0.1)}
-    torch.save(content, path)
+    torch.save({**content, "metric": np.float64(81.5), "rng_state": torch.get_rng_state()}, path)
     return Sample(family="vit", path=path, features=model.forward_features)
 
 
@@ -198,7 +201,27 @@ def save_mae_encoder(folder: Path) -> Sample:
     def content(state: dict[str, Tensor]) -> dict[str, Any]:
         return {"model": {name: tensor for name, tensor in state.items() if not name.startswith(("decoder", "mask"))}}
 
-    return save_mae(folder, "mae_pretrain_vit_base.pth", content, "vit")
+    return save_mae(folder, "mae_pretrain_vit_base.pth", content, "mae")
+
+
+def save_mae_finetuned(folder: Path) -> Sample:
+    """``mae_finetuned_vit_base.pth``: ``models_vit.py`` is timm's model with ``fc_norm`` in the last norm's place."""
+    model = timm_model(global_pool="avg", fc_norm=True)
+    path = folder / "mae_finetuned_vit_base.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return Sample(family="mae-finetuned", path=path, features=model.forward_features)
+
+
+def save_deit3(folder: Path) -> Sample:
+    """``deit_3_base_224_1k.pth``: official names of the layer scale, and no position of the cls token."""
+    model = timm_model(init_values=0.5, no_embed_class=True)
+    state = {
+        name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    path = folder / "deit_3_base_224_1k.pth"
+    torch.save({"model": state}, path)
+    return Sample(family="vit", path=path, features=model.forward_features)
 
 
 def save_mae_visualize(folder: Path) -> Sample:
@@ -216,6 +239,9 @@ SAMPLES: dict[str, Callable[[Path], Sample]] = {
     "mae, training": save_mae_training,
     "mae, encoder": save_mae_encoder,
     "mae, visualize": save_mae_visualize,
+    "mae, fine-tuned": save_mae_finetuned,
+    "deit iii": save_deit3,
+    "timm, deit iii": lambda folder: save_timm(folder, init_values=0.5, no_embed_class=True),
     "hf vit": save_hf_vit,
     "hf vit without biases of q, k and v": save_hf_bare,
     "hf vitmae": save_hf_vitmae,
@@ -319,6 +345,90 @@ def test_what_is_not_known_is_told_what_is_nearest(tmp_path: Path) -> None:
 def test_blocks_that_compute_something_else_are_refused(arguments: dict[str, Any], what: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=what):
         read_checkpoint(save_timm(tmp_path, **arguments).path)
+
+
+def test_moco_v3s_small_model_has_twelve_heads(tmp_path: Path) -> None:
+    state = timm_model(embed_dim=384, num_heads=12, depth=1).state_dict()
+    torch.save({"state_dict": {f"module.base_encoder.{name}": t for name, t in state.items()}}, tmp_path / "moco.pth")
+    torch.save(state, tmp_path / "timm.pth")
+    assert read_checkpoint(tmp_path / "moco.pth").info.num_heads == 12
+    assert read_checkpoint(tmp_path / "timm.pth").info.num_heads == 6
+
+
+def test_the_encoder_of_mae_alone_says_its_licence(tmp_path: Path) -> None:
+    assert read_checkpoint(save_mae_encoder(tmp_path).path).info.license == "cc-by-nc-4.0"
+
+
+def test_half_a_norm_is_no_encoder_without_one(tmp_path: Path) -> None:
+    state = timm_model().state_dict()
+    del state["norm.weight"]
+    torch.save(state, tmp_path / "half.pth")
+    with pytest.raises(CheckpointError, match=r"missing norm\.weight"):
+        read_checkpoint(tmp_path / "half.pth")
+
+
+def test_of_a_damaged_file_no_other_encoder_is_taken(tmp_path: Path) -> None:
+    content = torch.load(save_moco(tmp_path).path, weights_only=True)
+    del content["state_dict"]["module.base_encoder.cls_token"]
+    torch.save(content, tmp_path / "moco.pth")
+    with pytest.raises(CheckpointError, match=r"nearest is .*, of which it lacks cls_token"):
+        read_checkpoint(tmp_path / "moco.pth")
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (WIDTH, 3 * PATCH * PATCH)])
+def test_a_projection_without_its_axes_is_refused_by_name(shape: tuple[int, ...], tmp_path: Path) -> None:
+    state = timm_model().state_dict() | {"patch_embed.proj.weight": torch.zeros(shape)}
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=r"patch_embed\.proj\.weight is .*, expected 4 axes"):
+        read_checkpoint(tmp_path / "odd.pth")
+
+
+def test_a_trained_layer_scale_is_not_left_out(tmp_path: Path) -> None:
+    plain: dict[str, Any] = {
+        "width": WIDTH,
+        "depth": DEPTH,
+        "num_heads": HEADS,
+        "image_size": SIZE,
+        "patch_size": PATCH,
+    }
+    with pytest.raises(CheckpointError, match=r"no place for blocks\.\*\.ls1\.gamma"):
+        load_backbone(VisionTransformer(**plain), save_deit3(tmp_path).path)
+    write_safetensors(tmp_path / "one.safetensors", timm_with_layer_scale_of_one(), {})
+    assert len(load_backbone(VisionTransformer(**plain), tmp_path / "one.safetensors").unexpected) == 2 * DEPTH
+
+
+def timm_with_layer_scale_of_one() -> dict[str, Tensor]:
+    state = timm_model(init_values=1.0, num_classes=0).state_dict()
+    return {name: torch.ones_like(t) if name.endswith("gamma") else t for name, t in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop("encoder.layer.1.attention.attention.key.bias"), r"bias of blocks\.1\.attn\.k is missing"),
+        (lambda t: t.update({"encoder.layer.0.attention.q_norm.weight": torch.ones(WIDTH)}), r"besides those.*q_norm"),
+    ],
+)
+def test_huggingface_layers_are_all_or_nothing(
+    damage: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.ViTModel(transformers.ViTConfig(**huggingface()), add_pooling_layer=False)
+    model.save_pretrained(tmp_path)
+    tensors = tensors_of(tmp_path)
+    damage(tensors)
+    write_safetensors(tmp_path / "model.safetensors", tensors, {})
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path)
+
+
+def test_another_activation_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    save_hf_vit(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "quick_gelu"}))
+    with pytest.raises(CheckpointError, match="hidden_act 'quick_gelu'"):
+        read_checkpoint(tmp_path)
 
 
 def test_a_huggingface_decoder_reconstructs(tmp_path: Path, images: Tensor) -> None:

@@ -37,6 +37,7 @@ def recognise(tensors: Mapping[str, Tensor]) -> tuple[Family, str] | None:
 def prefixes(names: Iterable[str]) -> list[str]:
     """What may stand before an encoder's names, shortest first: of a file with two encoders the one that trains, whose
     wrapper has the shorter name in the codes known here."""
+    names = list(names)
     anchors = sorted({family.anchor for family in FAMILIES}, key=len, reverse=True)
     found = set()
     for name in names:
@@ -46,6 +47,8 @@ def prefixes(names: Iterable[str]) -> list[str]:
                 if not prefix or prefix.endswith(_PREFIXES):
                     found.add(prefix)
                 break
+    if any("base_encoder." in name for name in names):  # where it is damaged, the other would be another model
+        found = {prefix for prefix in found if not prefix.endswith("momentum_encoder.")}
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 

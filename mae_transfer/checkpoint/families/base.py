@@ -85,7 +85,9 @@ class Family:
         """Of what the family is known by, what the best of several lists of names lacks."""
         lists = [list(names) for names in candidates]
         best = max(lists, key=self.share)
-        return [mark for mark in (_literal(self.anchor), *self.marks) if not any(re.search(mark, n) for n in best)]
+        marks = [mark for mark in self.marks if not any(re.search(mark, name) for name in best)]
+        anchor = [] if any(re.search(_literal(self.anchor), name) for name in best) else [self.anchor]
+        return anchor + [_as_name(mark) for mark in marks]
 
     def fits(self, names: Iterable[str]) -> bool:
         """Names of a file, without the prefix where they have it."""
@@ -95,6 +97,12 @@ class Family:
 
 def _literal(name: str) -> str:
     return rf"(^|\.){re.escape(name)}$"
+
+
+def _as_name(pattern: str) -> str:
+    """A mark as people read it: "blocks.0.attn.qkv.weight"."""
+    without_optional = re.sub(r"\([^()]*\)\?", "", pattern)
+    return without_optional.replace("\\", "").strip("^$").replace("(", "").replace(")", "").replace("|", " or ")
 
 
 def rename(tensors: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> tuple[Tensors, list[str]]:
@@ -116,15 +124,15 @@ def rename(tensors: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> t
 
 
 def join_qkv(tensors: Tensors, prefix: str, path: Path) -> Tensors:
-    """Queries, keys and values that are three layers, ``{prefix}q.weight`` …, as our one ``qkv``; a bias that one lacks
-    is zero.
+    """Queries, keys and values that are three layers, ``{prefix}q.weight`` …, as our one ``qkv``; a bias that one of
+    them has in no block is zero.
 
     Args:
         tensors: with names such as ``blocks.0.attn.q.weight``: taken out, and ``blocks.0.attn.qkv.weight`` put in.
         prefix: pattern of what stands before ``q.weight``.
 
     Raises:
-        CheckpointError: one of the three weights is missing or of another shape.
+        CheckpointError: one of the three weights is missing or of another shape, or a bias that other blocks have.
     """
     result = {
         name: tensor for name, tensor in tensors.items() if not re.fullmatch(rf"{prefix}[qkv]\.(weight|bias)", name)
@@ -141,6 +149,17 @@ def join_qkv(tensors: Tensors, prefix: str, path: Path) -> Tensors:
         known = [weight for weight in weights if weight is not None]
         result[f"{attention}qkv.weight"] = torch.cat(known)
         biases = [tensors.get(f"{attention}{part}.bias") for part in "qkv"]
+        for part, bias in zip("qkv", biases):
+            if bias is None and any(re.fullmatch(rf"{prefix}{part}\.bias", name) for name in tensors):
+                raise CheckpointError(
+                    f"{path}: the bias of {attention}{part} is missing, which other blocks have; the file is "
+                    "damaged or incomplete"
+                )
+            if bias is not None and bias.shape != known[0].shape[:1]:
+                raise CheckpointError(
+                    f"{path}: the bias of {attention}{part} is {tuple(bias.shape)}, expected "
+                    f"{tuple(known[0].shape[:1])}; the file is damaged or incomplete"
+                )
         result[f"{attention}qkv.bias"] = torch.cat(
             [weight.new_zeros(weight.shape[0]) if bias is None else bias for bias, weight in zip(biases, known)]
         )
@@ -169,6 +188,57 @@ def need(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
     if name not in tensors:
         raise CheckpointError(f"{path}: {name} is missing; the file is damaged or incomplete")
     return tensors[name]
+
+
+def register_tokens(tensors: Mapping[str, Tensor], path: Path) -> Tensor | None:
+    """(1, R, D), or None where there are none.
+
+    Raises:
+        CheckpointError: another shape.
+    """
+    registers = tensors.get("register_tokens")
+    if registers is not None and (registers.ndim != 3 or len(registers) != 1):
+        raise CheckpointError(
+            f"{path}: register or distillation tokens are {tuple(registers.shape)}, expected (1, count, width); the "
+            "file is damaged"
+        )
+    return registers
+
+
+def split_distillation(tensors: Tensors, path: Path) -> None:
+    """DeiT's distillation token as a register, in place: its position, the second row of the table, is added to it.
+
+    The two are constants, and no other place has both.
+
+    Raises:
+        CheckpointError: the table has no two rows besides a square of patches.
+    """
+    table, token = need(tensors, "pos_embed", path), register_tokens(tensors, path)
+    if token is None or token.shape[1] != 1 or table.ndim != 3:
+        raise CheckpointError(f"{path}: a distillation token and pos_embed do not go together; the file is damaged")
+    square_side(table.shape[1] - 2, "the number of patch positions", path)
+    tensors["register_tokens"] = token + table[:, 1:2]
+    tensors["pos_embed"] = torch.cat([table[:, :1], table[:, 2:]], dim=1)
+
+
+def ffn_of(tensors: Mapping[str, Tensor], path: Path) -> str:
+    """What ``VisionTransformer`` calls the feed-forward part, whose gated first layer is twice as wide as its second.
+
+    Raises:
+        CheckpointError: one of the two is missing or no matrix.
+    """
+    first, second = (need(tensors, f"blocks.0.mlp.{name}.weight", path) for name in ("fc1", "fc2"))
+    for name, weight in (("fc1", first), ("fc2", second)):
+        if weight.ndim != 2:
+            raise CheckpointError(
+                f"{path}: blocks.0.mlp.{name}.weight is {tuple(weight.shape)}, expected a matrix; the file is damaged"
+            )
+    return "swiglu" if first.shape[0] == 2 * second.shape[1] else "mlp"
+
+
+def has_norm(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether there is a last norm: half of one counts, and is then found incomplete."""
+    return "norm.weight" in tensors or "norm.bias" in tensors
 
 
 def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:

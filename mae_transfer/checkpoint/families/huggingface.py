@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import re
 
-import torch
-
-from mae_transfer.checkpoint.families.base import HALF, Converted, Family, Raw, config_fields, join_qkv, need, rename
+from mae_transfer.checkpoint.families.base import (
+    HALF,
+    Converted,
+    Family,
+    Raw,
+    config_fields,
+    ffn_of,
+    has_norm,
+    join_qkv,
+    register_tokens,
+    rename,
+    split_distillation,
+)
+from mae_transfer.checkpoint.info import IMAGENET_MEAN, IMAGENET_STD
+from mae_transfer.errors import CheckpointError
 
 ANCHOR = "embeddings.patch_embeddings.projection.weight"
 _P = r"(weight|bias)"
@@ -42,6 +54,7 @@ _DECODER_LAYER = re.compile(r"^decoder\.(?:decoder_encoder\.layer|decoder_layers
 def convert_huggingface(raw: Raw) -> Converted:
     """Every layer under our names; a decoder under the official ones, and a classification head as ``head``."""
     encoder, rest = rename(raw.tensors, _ENCODER)
+    _refuse_other_layers(rest, raw)
     tensors = join_qkv(encoder, r"blocks\.\d+\.attn\.", raw.path)
     others = raw.outside | {name: raw.tensors[name] for name in rest}
     layers = {
@@ -55,22 +68,36 @@ def convert_huggingface(raw: Raw) -> Converted:
         [*_DECODER, (rf"(?:cls_)?classifier\.{_P}", r"head.\1")],
     )
     tensors |= kept
-    fields = config_fields(raw.config)
+    # What the classes have by default, DINOv2's besides, for a file without its config.json.
+    fields = {"norm_eps": 1e-6 if "blocks.0.ls1.gamma" in tensors else 1e-12} | config_fields(raw.config)
+    if raw.config.get("model_type") == "vit_mae":
+        fields = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} | fields
     fields["layer_scale"] = any(name.endswith("ls1.gamma") for name in tensors)
-    fields["final_norm"] = "norm.weight" in tensors
-    first, second = (need(tensors, f"blocks.0.mlp.{name}.weight", raw.path) for name in ("fc1", "fc2"))
-    if first.shape[0] == 2 * second.shape[1]:
-        fields["ffn"] = "swiglu"
-    if "embeddings.distillation_token" in raw.tensors:  # a register with its position, as in timm's names
-        table = need(tensors, "pos_embed", raw.path)
-        tensors["register_tokens"] = tensors["register_tokens"] + table[:, 1:2]
-        tensors["pos_embed"] = torch.cat([table[:, :1], table[:, 2:]], dim=1)
-    if "register_tokens" in tensors:
-        fields["num_registers"] = tensors["register_tokens"].shape[1]
+    fields["final_norm"] = has_norm(tensors)
+    fields["ffn"] = ffn_of(tensors, raw.path)
+    if "embeddings.distillation_token" in raw.tensors:
+        split_distillation(tensors, raw.path)
+    registers = register_tokens(tensors, raw.path)
+    fields["num_registers"] = 0 if registers is None else registers.shape[1]
     if "decoder_num_attention_heads" in raw.config:
         fields["decoder_num_heads"] = raw.config["decoder_num_attention_heads"]
         fields["normalised_target"] = raw.config.get("norm_pix_loss")
     return Converted(tensors=tensors, fields=fields, left_out=[*left_out, *unknown])
+
+
+def _refuse_other_layers(names: list[str], raw: Raw) -> None:
+    """What an encoder has besides what is known would be left out of what it computes."""
+    others = [
+        name
+        for name in names
+        if name.startswith(("embeddings.", "encoder.", "layer.", "layernorm.")) and name != "embeddings.mask_token"
+    ]
+    if others:
+        shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        raise CheckpointError(
+            f"{raw.path} has Hugging Face's names and, besides those of the encoders known here (ViT, ViTMAE, DeiT, "
+            f"DINOv2), {shown}: a model that computes something else, or a damaged file"
+        )
 
 
 def _family(name: str, title: str, *marks: str, **more: object) -> Family:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
-
-import torch
 
 from mae_transfer.checkpoint.families.base import (
     Converted,
     Family,
     Raw,
     Tensors,
-    need,
-    square_side,
+    ffn_of,
+    has_norm,
+    register_tokens,
+    split_distillation,
     with_cls_row,
 )
 from mae_transfer.errors import CheckpointError
@@ -27,12 +28,18 @@ _FOREIGN = {
 }
 _BLOCK = re.compile(r"^blocks\.(?:\d+\.)?(\d+)\.")  # official DINOv2 nests blocks in chunks while it trains
 
+_OTHER_NAMES = (
+    (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),  # official DINOv2
+    (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
+    (re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),  # official DeiT III
+)
+
 
 def convert_plain(raw: Raw) -> Converted:
     """Names that differ, tokens besides cls, and tables without a cls row.
 
-    A distillation token (DeiT) becomes a register, its position added to it: the two are constants, and no other place
-    has both.
+    A distillation token (DeiT) becomes a register. A table without a cls row (timm's with registers, DeiT III) gets a
+    row of zeros: the file's cls token has its position in it.
     """
     for pattern, what in _FOREIGN.items():
         if any(re.search(pattern, name) for name in raw.tensors):
@@ -40,16 +47,11 @@ def convert_plain(raw: Raw) -> Converted:
     tensors: Tensors = {}
     for name, tensor in raw.tensors.items():
         name = _BLOCK.sub(r"blocks.\1.", name)
-        for theirs, ours in ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2.")):
-            name = name.replace(theirs, ours)
+        for theirs, ours in _OTHER_NAMES:
+            name = theirs.sub(ours, name)
         tensors[name] = tensor
     fields: dict[str, object] = {"layer_scale": any(name.endswith("ls1.gamma") for name in tensors)}
-    first, second = (
-        need(tensors, "blocks.0.mlp.fc1.weight", raw.path),
-        need(tensors, "blocks.0.mlp.fc2.weight", raw.path),
-    )
-    if first.shape[0] == 2 * second.shape[1]:
-        fields["ffn"] = "swiglu"
+    fields["ffn"] = ffn_of(tensors, raw.path)
     for name in ("reg_token", "dist_token"):
         if name in tensors:
             tensors["register_tokens"] = tensors.pop(name)
@@ -57,22 +59,27 @@ def convert_plain(raw: Raw) -> Converted:
         del tensors["mask_token"]  # DINOv2's stands in the encoder, which nothing here hides patches from
     if "pos_embed" in tensors:
         _lay_out_positions(tensors, raw)
-    if "register_tokens" in tensors:
-        fields["num_registers"] = tensors["register_tokens"].shape[1]
-    fields["final_norm"] = "norm.weight" in tensors
-    return Converted(tensors=tensors, fields=fields)
+    registers = register_tokens(tensors, raw.path)
+    fields["num_registers"] = 0 if registers is None else registers.shape[1]
+    fields["final_norm"] = has_norm(tensors)
+    if "base_encoder." in raw.prefix or "momentum_encoder." in raw.prefix:
+        fields |= _moco_v3(tensors)
+    return Converted(tensors=tensors, fields=fields, left_out=list(raw.outside))
+
+
+def _moco_v3(tensors: Tensors) -> dict[str, object]:
+    """Its small model has twelve heads of 32 (``vit_small`` of the released code), timm's has six of 64."""
+    return {"num_heads": 12} if tensors["patch_embed.proj.weight"].shape[0] == 384 else {}
 
 
 def _lay_out_positions(tensors: Tensors, raw: Raw) -> None:
     table = tensors["pos_embed"]
     if table.ndim != 3:
         raise CheckpointError(f"{raw.path}: pos_embed is {tuple(table.shape)}; expected (1, tokens, width)")
-    if "dist_token" in raw.tensors:  # rows of cls, distillation token and patches
-        square_side(table.shape[1] - 2, "the number of patch positions", raw.path)
-        tensors["register_tokens"] = tensors["register_tokens"] + table[:, 1:2]
-        tensors["pos_embed"] = torch.cat([table[:, :1], table[:, 2:]], dim=1)
-    elif "reg_token" in raw.tensors and round(table.shape[1] ** 0.5) ** 2 == table.shape[1]:
-        tensors["pos_embed"] = with_cls_row(table)  # timm has added the cls row to the cls token
+    if "dist_token" in raw.tensors:
+        split_distillation(tensors, raw.path)
+    elif math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # no square is one more than another
+        tensors["pos_embed"] = with_cls_row(table)
 
 
 def _family(name: str, title: str, *marks: str, **more: object) -> Family:
