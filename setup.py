@@ -57,7 +57,7 @@ setup(
     packages=find_packages(include=["mae_transfer", "mae_transfer.*", "pretrain", "pretrain.*"]),
     package_data={"mae_transfer": ["assets/*"]},
     install_requires=[
-        "huggingface_hub>=0.30",  # checkpoints by hf://owner/name; timm brings it too
+        "huggingface-hub>=0.30",  # checkpoints by hf://owner/name; timm brings it too
         "matplotlib",
         "numpy>=2",
         "omegaconf>=2.3,<2.4",

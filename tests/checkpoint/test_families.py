@@ -178,7 +178,9 @@ def save_hf_deit(folder: Path) -> Sample:
 
 def save_mae(folder: Path, name: str, content: Callable[[dict[str, Tensor]], Any], family: str) -> Sample:
     """Our masked autoencoder has the official keys; its own oracle is tests/pretrain/test_model.py."""
-    model = build_mae("mae_vit_base_patch16", image_size=SIZE, patch_size=PATCH, width=WIDTH, depth=DEPTH, num_heads=1)
+    decoder = {"decoder_width": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+    numbers = {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+    model = build_mae("mae_vit_base_patch16", **numbers, **decoder)
     draw(model)
     path = folder / name
     torch.save(content(model.state_dict()), path)
