@@ -141,7 +141,7 @@ def open_run_folder(config: RunConfig, *, restarted: bool = False) -> tuple[RunF
     if restarted and (resume == "never" or latest_checkpoint(folder.checkpoints)):
         resume = "auto"
     checkpoint = _checkpoint_to_resume(folder, resume)
-    used = folder.root.is_dir() and any(path != folder.lock for path in folder.root.iterdir())
+    used = folder.root.is_dir() and any(_holds_something(path) for path in folder.root.iterdir() if path != folder.lock)
     own = checkpoint is not None and checkpoint.resolve().is_relative_to(folder.root.resolve())
     # Killed before its first checkpoint: only what write_description and the log left behind. Nothing to lose.
     unborn = (resume == "auto" or restarted) and folder.config.is_file() and not folder.encoder.exists()
@@ -156,6 +156,11 @@ def open_run_folder(config: RunConfig, *, restarted: bool = False) -> tuple[RunF
         path.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder.checkpoints)
     return folder, checkpoint
+
+
+def _holds_something(path: Path) -> bool:
+    """Not an empty folder, as a run makes them: one may be killed before it has written anything at all."""
+    return not path.is_dir() or any(path.iterdir())
 
 
 def _checkpoint_to_resume(folder: RunFolder, resume: str) -> Path | None:

@@ -155,6 +155,9 @@ def test_a_used_folder_is_refused_unless_resumed_or_overwritten(tmp_path: Path) 
     root = tmp_path / "run"
     folder, checkpoint = open_run_folder(RunConfig(dir=str(root)))
     assert checkpoint is None and folder.checkpoints.is_dir()
+    folder.lock.touch()
+    for resume in ("auto", "never"):  # killed while a linear probe computed its features: nothing to lose
+        assert open_run_folder(RunConfig(dir=str(root), resume=resume))[1] is None
     folder.write_description("a: 1\n")
     with pytest.raises(ConfigError, match=r"is not empty; .* run\.resume=auto.* run\.overwrite=true"):
         open_run_folder(RunConfig(dir=str(root)))
