@@ -1,16 +1,17 @@
 """Checkpoints: recognise a family, read it safely, convert, report."""
 
-from mae_transfer.checkpoint.build import build_backbone, vit_arguments
+from mae_transfer.checkpoint.build import vit_arguments
 from mae_transfer.checkpoint.files import atomic_write, write_safetensors, write_torch
 from mae_transfer.checkpoint.info import IMAGENET_MEAN, IMAGENET_STD, EncoderInfo
 from mae_transfer.checkpoint.load import (
     Report,
+    build_backbone,
     describe,
-    encoder_state,
     image_statistics,
     load_backbone,
     load_checkpoint,
 )
+from mae_transfer.checkpoint.names import encoder_state
 from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,29 +33,6 @@ def vit_arguments(info: EncoderInfo) -> dict[str, Any]:
         "relative_position": info.relative_position,
         "attention_image_size": info.attention_image_size,
     }
-
-
-def build_backbone(path: str | Path, *, patch_resize: str | None = None, **overrides: Any) -> VisionTransformer:
-    """The encoder of any supported checkpoint, of the architecture that the file is of, with its weights.
-
-    Args:
-        path: as ``load_backbone`` takes it.
-        patch_resize: for another ``patch_size`` than the file's: "pinv" or "bicubic", as ``load_backbone`` takes it.
-        overrides: arguments of ``VisionTransformer`` in place of the checkpoint's: another ``image_size`` resizes
-            positions, ``drop_path`` trains with it, ``cls_token=False`` or ``final_norm=False`` leave theirs out.
-
-    Raises:
-        CheckpointError: as ``load_backbone``.
-    """
-    from mae_transfer.checkpoint.load import (
-        load_checkpoint,
-    )  # reads files, which check themselves by what is built here
-    from mae_transfer.checkpoint.read import read_checkpoint
-
-    checkpoint = read_checkpoint(path)
-    vit = VisionTransformer(**{**vit_arguments(checkpoint.info), **overrides})
-    load_checkpoint(vit, checkpoint, patch_resize=patch_resize)
-    return vit
 
 
 def empty_encoder(info: EncoderInfo) -> VisionTransformer:

@@ -16,7 +16,7 @@ from mae_transfer.checkpoint.formats import FORMATS, Exported, Format
 from mae_transfer.checkpoint.formats.base import parts
 from mae_transfer.checkpoint.info import EncoderInfo
 from mae_transfer.checkpoint.inspection import checkpoints_of, examine, inspect
-from mae_transfer.checkpoint.load import encoder_state
+from mae_transfer.checkpoint.names import encoder_state
 from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
 from mae_transfer.checkpoint.resize import METHODS, resize_encoder
 from mae_transfer.errors import EXIT_BAD_INPUT, CheckpointError

@@ -18,9 +18,8 @@ from mae_transfer.checkpoint.load import (
     describe,
     list_problems,
     load_backbone,
-    shape_text,
-    summarise,
 )
+from mae_transfer.checkpoint.names import shape_text, summarise
 from mae_transfer.checkpoint.read import read_tensors
 from mae_transfer.checkpoint.resize import fit
 from mae_transfer.errors import CheckpointError

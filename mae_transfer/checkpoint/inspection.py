@@ -14,7 +14,8 @@ from mae_transfer.checkpoint.card import sha256
 from mae_transfer.checkpoint.formats import FORMATS
 from mae_transfer.checkpoint.formats.base import parts, traits
 from mae_transfer.checkpoint.info import EncoderInfo
-from mae_transfer.checkpoint.load import encoder_state, load_checkpoint, shape_text, summarise
+from mae_transfer.checkpoint.load import load_checkpoint
+from mae_transfer.checkpoint.names import encoder_state, shape_text, summarise
 from mae_transfer.checkpoint.read import HUGGING_FACE_FILES, Checkpoint, read_checkpoint
 from mae_transfer.checkpoint.sharded import is_sharded
 from mae_transfer.errors import CheckpointError, ConfigError, UserError

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
+from mae_transfer.checkpoint.build import vit_arguments
 from mae_transfer.checkpoint.info import EncoderInfo
+from mae_transfer.checkpoint.names import is_encoders, shape_text, summarise
 from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
 from mae_transfer.checkpoint.resize import fit
 from mae_transfer.errors import CheckpointError
-
-if TYPE_CHECKING:  # the model imports nothing of this room, and this room needs only its type
-    from mae_transfer.vit import VisionTransformer
+from mae_transfer.vit import VisionTransformer
 
 # Parameters that transfer adds and no pretraining has: they keep their initial value.
 _NEW_IN_TRANSFER = re.compile(
     r"(.*\.)?(rel_pos_[hw]|relative_position_bias_table|ls[12]\.gamma)$|^(fc_norm|head|head_norm)\."
-)
-# Tensors that a backbone has no use for.
-_NOT_OF_THE_ENCODER = re.compile(
-    r"^(decoder_|wfm\.|dec_norms\.|mask_token$|encoder_mask_token$|head\.|head_dist\.|head_norm\.|fc_norm\.)"
 )
 # What a host may have been built without; relative positions come and go with the host (ViTDet, Li et al.).
 _OPTIONAL_IN_HOST = re.compile(r"^(cls_token$|norm\.|.*\.rel_pos_[hw]$|.*relative_position_bias_table$)")
@@ -71,15 +66,6 @@ class Report:
         return "\n".join(lines)
 
 
-def summarise(names: Iterable[str]) -> str:
-    """Names with their block numbers folded: "blocks.*.attn.rel_pos_h (12)"."""
-    counts: dict[str, int] = {}
-    for name in names:
-        pattern = re.sub(r"\.\d+\.", ".*.", name)
-        counts[pattern] = counts.get(pattern, 0) + 1
-    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
-
-
 def load_backbone(vit: VisionTransformer, path: str | Path, *, patch_resize: str | None = None) -> Report:
     """Load an encoder from any supported checkpoint, strictly.
 
@@ -97,6 +83,24 @@ def load_backbone(vit: VisionTransformer, path: str | Path, *, patch_resize: str
             The model is left untouched.
     """
     return load_checkpoint(vit, read_checkpoint(path), patch_resize=patch_resize)
+
+
+def build_backbone(path: str | Path, *, patch_resize: str | None = None, **overrides: Any) -> VisionTransformer:
+    """The encoder of any supported checkpoint, of the architecture that the file is of, with its weights.
+
+    Args:
+        path: as ``load_backbone`` takes it.
+        patch_resize: for another ``patch_size`` than the file's: "pinv" or "bicubic", as ``load_backbone`` takes it.
+        overrides: arguments of ``VisionTransformer`` in place of the checkpoint's: another ``image_size`` resizes
+            positions, ``drop_path`` trains with it, ``cls_token=False`` or ``final_norm=False`` leave theirs out.
+
+    Raises:
+        CheckpointError: as ``load_backbone``.
+    """
+    checkpoint = read_checkpoint(path)
+    vit = VisionTransformer(**{**vit_arguments(checkpoint.info), **overrides})
+    load_checkpoint(vit, checkpoint, patch_resize=patch_resize)
+    return vit
 
 
 def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint, *, patch_resize: str | None = None) -> Report:
@@ -145,7 +149,7 @@ def _is_dispensable(name: str, tensor: Tensor) -> bool:
     """Whether a model may go without this tensor of a file's: a layer scale other than one is part of every block."""
     if _LAYER_SCALE.match(name):
         return bool((tensor == 1).all())
-    return bool(_NOT_OF_THE_ENCODER.match(name) or _OPTIONAL_IN_HOST.match(name))
+    return bool(not is_encoders(name) or _OPTIONAL_IN_HOST.match(name))
 
 
 def list_problems(lacking: list[str], foreign: list[str], mismatched: list[str]) -> list[str]:
@@ -161,11 +165,6 @@ def list_problems(lacking: list[str], foreign: list[str], mismatched: list[str])
     return problems
 
 
-def shape_text(tensor: Tensor) -> str:
-    """Shape as "1x197x768"."""
-    return "x".join(map(str, tensor.shape)) or "scalar"
-
-
 def image_statistics(path: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation (channels in RGB order, values 0 to 1) that the encoder at ``path`` was trained with.
 
@@ -173,11 +172,6 @@ def image_statistics(path: str | Path) -> tuple[tuple[float, ...], tuple[float, 
     """
     info = read_checkpoint(path).info
     return info.mean, info.std
-
-
-def encoder_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of a state dict: no decoder, no mask tokens, no heads."""
-    return {name: tensor for name, tensor in tensors.items() if not _NOT_OF_THE_ENCODER.match(name)}
 
 
 def describe(vit: VisionTransformer, **fields: object) -> EncoderInfo:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mae_transfer.checkpoint import families, hub
+from mae_transfer.checkpoint import families, formats, hub
 from mae_transfer.checkpoint.build import empty_encoder
 from mae_transfer.checkpoint.files import read_safetensors, read_torch
 from mae_transfer.checkpoint.info import EncoderInfo, infer_info
@@ -71,9 +71,7 @@ def _read(path: Path) -> Checkpoint:
     if metadata.get("family"):
         info = EncoderInfo.from_metadata(metadata, str(path))
         if names := metadata.get("names"):
-            from mae_transfer.checkpoint.formats import restore  # writes what this module reads
-
-            tensors, left_out = restore(tensors, info, names, path), list[str]()
+            tensors, left_out = formats.restore(tensors, info, names, path), list[str]()
         else:
             tensors, left_out = _below(tensors, _own_prefix(tensors))
         return Checkpoint(

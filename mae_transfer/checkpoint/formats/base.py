@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mae_transfer.checkpoint.info import EncoderInfo
-from mae_transfer.checkpoint.load import summarise
+from mae_transfer.checkpoint.names import summarise
 from mae_transfer.errors import CheckpointError
 
 Tensors = dict[str, Tensor]

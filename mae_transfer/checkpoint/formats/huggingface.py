@@ -10,7 +10,7 @@ import torch
 
 from mae_transfer.checkpoint.formats.base import Exported, Format, Tensors, check_carried
 from mae_transfer.checkpoint.info import EncoderInfo
-from mae_transfer.checkpoint.load import summarise
+from mae_transfer.checkpoint.names import summarise
 from mae_transfer.errors import CheckpointError
 
 # Ours, theirs. An encoder beside a decoder stands below "vit.".

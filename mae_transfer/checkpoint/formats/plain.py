@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mae_transfer.checkpoint.formats.base import Exported, Format, Tensors, check_carried
 from mae_transfer.checkpoint.info import EncoderInfo
-from mae_transfer.checkpoint.load import encoder_state
+from mae_transfer.checkpoint.names import encoder_state
 
 
 def _encoder(tensors: Tensors, info: EncoderInfo) -> Exported:

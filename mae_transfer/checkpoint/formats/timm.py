@@ -9,7 +9,7 @@ import torch
 
 from mae_transfer.checkpoint.formats.base import Exported, Format, Tensors, check_carried
 from mae_transfer.checkpoint.info import EncoderInfo
-from mae_transfer.checkpoint.load import encoder_state
+from mae_transfer.checkpoint.names import encoder_state
 from mae_transfer.errors import CheckpointError
 
 _CARRIED = frozenset({"registers", "layer_scale", "swiglu", "eps", "oblong"})
