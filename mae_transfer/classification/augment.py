@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from mae_transfer.classification.images import LabelledBatch
     from mae_transfer.classification.sections import AugmentConfig
 
-ERASE_MODES = ("pixel", "rand", "const")
 _ERASE_AREA, _ERASE_ASPECT, _ERASE_ATTEMPTS = (0.02, 1 / 3), (0.3, 1 / 0.3), 10  # timm's defaults
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mae_transfer.classification.augment import ERASE_MODES
 from mae_transfer.data.settings import ImagesConfig, folders, pair
 from mae_transfer.data.share import check_share
 from mae_transfer.engine.metrics import LogConfig as EngineLogConfig
@@ -27,6 +26,7 @@ ARCHITECTURE = {
 }
 POOLS = ("mean", "cls")
 KINDS = ("recipe", "crop", "none")
+ERASE_MODES = ("pixel", "rand", "const")
 
 
 def check_choice(key: str, value: str | None, choices: tuple[str, ...]) -> None:

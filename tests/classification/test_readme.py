@@ -21,12 +21,17 @@ from tests.readme import check_links, commands, run
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "classification"
 README = FOLDER / "README.md"
+STUDIES = {  # what makes the other tools' commands small: nothing is trained for the study (tests/study does)
+    "tools/compare_inits.py": "--seeds 0 train.epochs=1 train.batch_size=8 optim.warmup_epochs=0 log.tensorboard=false",
+    "tools/study.py": "--results",
+}
 SMALLER = ("train.epochs=1", "train.batch_size=8", "optim.warmup_epochs=0", "log.tensorboard=false")
 
 
 def test_commands_have_keys_that_exist_and_links_lead_somewhere() -> None:
-    lines = [shlex.split(command) for command in commands(README)]
-    assert len(lines) >= 4
+    every = [shlex.split(command) for command in commands(README)]
+    lines = [line for line in every if line[1] not in STUDIES]
+    assert len(lines) >= 4 and {line[1] for line in every if line not in lines} == set(STUDIES)
     for line in lines:
         assert line[:2] == ["python", "tools/train_cls.py"]
         read_config(ClassificationConfig, str(ROOT / line[2]), [part for part in line[3:] if "=" in part])
@@ -54,6 +59,8 @@ def test_every_command_is_executed(tmp_path: Path) -> None:
     for name, images in (("train", 6), ("val", 3)):
         write_classes(photos / name, images=images)
     write_classes(photos / "part", classes=2, images=3, first=1)
+    (tmp_path / "datasets" / "tiny-imagenet").symlink_to(photos)
+    (photos / "unlabelled").symlink_to(photos / "train")
     torch.manual_seed(0)
     encoder = build_vit("tiny", image_size=64, patch_size=8)
     (tmp_path / "runs" / "pretrain-tiny").mkdir(parents=True)
@@ -64,6 +71,9 @@ def test_every_command_is_executed(tmp_path: Path) -> None:
         smaller = list(SMALLER) if "_knn" not in command and "--evaluate" not in command else []
         if "_knn" in command:
             smaller = ["knn.k=[3]"]
+        if line[1] in STUDIES:
+            smaller = STUDIES[line[1]].split()
         run([sys.executable, *line[1:], *smaller], tmp_path)
     for name in ("finetune", "linear", "knn"):
         assert (tmp_path / "runs" / name / "confusion.png").is_file()
+    assert "| 100 % | pretrained | 1 |" in (tmp_path / "runs" / "compare" / "results.md").read_text(encoding="utf-8")
