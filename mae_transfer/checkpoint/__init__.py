@@ -1,6 +1,6 @@
 """Checkpoints: recognise a family, read it safely, convert, report."""
 
-from mae_transfer.checkpoint.build import vit_arguments
+from mae_transfer.checkpoint.build import host_conflict, vit_arguments, weights_arguments
 from mae_transfer.checkpoint.files import atomic_write, write_safetensors, write_torch
 from mae_transfer.checkpoint.info import IMAGENET_MEAN, IMAGENET_STD, EncoderInfo
 from mae_transfer.checkpoint.load import (
@@ -24,11 +24,13 @@ __all__ = [
     "build_backbone",
     "describe",
     "encoder_state",
+    "host_conflict",
     "image_statistics",
     "load_backbone",
     "load_checkpoint",
     "read_checkpoint",
     "vit_arguments",
+    "weights_arguments",
     "write_safetensors",
     "write_torch",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,6 +34,32 @@ def vit_arguments(info: EncoderInfo) -> dict[str, Any]:
         "relative_position": info.relative_position,
         "attention_image_size": info.attention_image_size,
     }
+
+
+# How a block computes and what tokens it sees: under other values the weights mean nothing.
+_OF_THE_WEIGHTS = ("mlp_ratio", "ffn", "norm_eps", "layer_scale", "num_registers", "absolute_positions", "rope_base")
+
+
+def weights_arguments(info: EncoderInfo) -> dict[str, Any]:
+    """What a host that builds the encoder by a recipe of its own must yet take from the checkpoint.
+
+    Of ``VisionTransformer``'s arguments; only what departs from their defaults, so nothing for a published MAE.
+    """
+    defaults = inspect.signature(VisionTransformer).parameters
+    own = vit_arguments(info)
+    taken = {name: own[name] for name in _OF_THE_WEIGHTS if own[name] != defaults[name].default}
+    return taken | ({"cls_token": True} if info.num_registers else {})
+
+
+def host_conflict(info: EncoderInfo, *, window_size: int, relative_position: str | None) -> str | None:
+    """Why the encoder cannot run under a host's windows and relative positions; None where it can."""
+    if info.num_registers or info.rope_base is not None:
+        has = "register tokens" if info.rope_base is None else "rotary positions"
+        if window_size or relative_position is not None:
+            return f"has {has}, which go with neither windows nor relative positions"
+    elif not info.absolute_positions and relative_position != info.relative_position:
+        return f"has no positions but its relative ones ({info.relative_position})"
+    return None
 
 
 def empty_encoder(info: EncoderInfo) -> VisionTransformer:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from mae_transfer.checkpoint.build import vit_arguments
+from mae_transfer.checkpoint.build import host_conflict, vit_arguments, weights_arguments
 from mae_transfer.checkpoint.card import sha256
 from mae_transfer.checkpoint.formats import FORMATS
 from mae_transfer.checkpoint.formats.base import parts, traits
-from mae_transfer.checkpoint.info import EncoderInfo
 from mae_transfer.checkpoint.load import load_checkpoint
 from mae_transfer.checkpoint.names import encoder_state, shape_text, summarise
 from mae_transfer.checkpoint.read import HUGGING_FACE_FILES, Checkpoint, read_checkpoint
@@ -54,7 +53,7 @@ def examine(path: str | Path) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in encoder.values()),
         "tensors": len(encoder),
         "positions_shape": shape_text(tensors["pos_embed"]) if "pos_embed" in tensors else None,
-        "hosts": {name: _in_host(checkpoint, arguments) for name, arguments in _hosts(info).items()},
+        "hosts": _hosts(checkpoint),
         "formats": {name: _as_format(checkpoint, name) for name in FORMATS},
         "besides_the_encoder": parts(name for name in tensors if name not in encoder),
         "left_out": summarise(checkpoint.left_out),
@@ -90,29 +89,34 @@ def inspect(path: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _hosts(info: EncoderInfo) -> dict[str, dict[str, Any]]:
-    """What the hosts build of this size: the published recipes of detection and segmentation at their image size, with
-    patches of 16 where the checkpoint has 14; classification takes the checkpoint's own architecture."""
+def _hosts(checkpoint: Checkpoint) -> dict[str, str]:
+    """What each host would load: detection and segmentation as published, at their image size and with patches of 16
+    where the checkpoint has 14; classification takes the checkpoint's own architecture."""
+    info = checkpoint.info
     patch = tuple(16 if side == 14 else side for side in info.patch_size)
     blocks = quarter_blocks(info.depth) if info.depth >= 4 else ()
-
-    def of(side: int, **more: Any) -> dict[str, Any]:
-        return {
-            "image_size": tuple(-(-side // p) * p for p in patch),
-            "patch_size": patch,
-            "in_channels": info.channels,
-            "width": info.width,
-            "depth": info.depth,
-            "num_heads": info.num_heads,
-            **more,
-        }
-
-    windows = {"window_size": 14, "global_blocks": blocks, "relative_position": "decomposed"}
-    return {
-        "detection": of(1024, cls_token=False, final_norm=False, **windows),
-        "segmentation": of(512, final_norm=False, relative_position="bias", layer_scale=1.0),
-        "classification": vit_arguments(info),
+    shared = {
+        "patch_size": patch,
+        "in_channels": info.channels,
+        "width": info.width,
+        "depth": info.depth,
+        "num_heads": info.num_heads,
+        "final_norm": False,
     }
+    published: dict[str, tuple[int, dict[str, Any]]] = {
+        "detection": (1024, {"cls_token": False, "window_size": 14, "relative_position": "decomposed"}),
+        "segmentation": (512, {"window_size": 0, "relative_position": "bias", "layer_scale": 1.0}),
+    }
+    answers = {}
+    for host, (side, recipe) in published.items():
+        setting = ""
+        if host_conflict(info, window_size=recipe["window_size"], relative_position=recipe["relative_position"]):
+            recipe |= {"window_size": 0, "relative_position": info.relative_position}
+            setting = f"under relative_position={info.relative_position} and without windows: "
+        size = {"image_size": tuple(-(-side // p) * p for p in patch)}
+        windows = {"global_blocks": blocks} if recipe["window_size"] else {}
+        answers[host] = setting + _in_host(checkpoint, shared | size | recipe | windows | weights_arguments(info))
+    return answers | {"classification": _in_host(checkpoint, vit_arguments(info))}
 
 
 def _in_host(checkpoint: Checkpoint, arguments: dict[str, Any]) -> str:

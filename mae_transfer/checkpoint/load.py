@@ -63,6 +63,8 @@ class Report:
             lines.append(f"  kept        {summarise(self.other_categories)}: of other categories, initial value kept")
         if self.unexpected:
             lines.append(f"  unexpected  {summarise(self.unexpected)}: no place in this model, left out")
+        if self.info.license:
+            lines.append(f"  licence     {self.info.license}: of these weights, and of what is trained from them")
         return "\n".join(lines)
 
 
@@ -126,6 +128,7 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint, *, patch_res
         [name for name in unexpected if not _is_dispensable(name, checkpoint.tensors[name])],
         mismatched,
     )
+    problems += _other_computation(vit, checkpoint)
     if problems:
         raise CheckpointError(
             f"{checkpoint.path} ({checkpoint.family}, {checkpoint.info.size}) does not fit this "
@@ -143,6 +146,18 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint, *, patch_res
         unexpected=unexpected,
         info=checkpoint.info,
     )
+
+
+def _other_computation(vit: VisionTransformer, checkpoint: Checkpoint) -> list[str]:
+    """What shapes do not show and yet makes other features of the same weights, each as part of a sentence."""
+    info, problems = checkpoint.info, []
+    if checkpoint.has_metadata and vit.num_heads != info.num_heads:
+        problems.append(f"the file's attention has {info.num_heads} heads, the model's {vit.num_heads}")
+    if vit.rope_base != info.rope_base:
+        has = {True: "rotary positions of base {}", False: "no rotary positions"}
+        ours, files = (has[base is not None].format(base) for base in (vit.rope_base, info.rope_base))
+        problems.append(f"the file has {files}, the model {ours}")
+    return problems
 
 
 def _is_dispensable(name: str, tensor: Tensor) -> bool:

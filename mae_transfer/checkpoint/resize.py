@@ -58,14 +58,26 @@ def fit(
     if name.endswith(("rel_pos_h", "rel_pos_w")):
         return resize_decomposed(tensor, own.shape[0])
     attention = vit.get_submodule(name.rsplit(".", 1)[0])
-    extra = 3 if getattr(attention, "cls_token", False) else 0
-    side = (math.isqrt(tensor.shape[0] - extra) + 1) // 2
     grid_to = attention.table_grid
     assert isinstance(grid_to, tuple)
-    grid_from = (
-        info.grid if (2 * info.grid[0] - 1) * (2 * info.grid[1] - 1) + extra == tensor.shape[0] else (side, side)
-    )
-    return resize_bias_table(tensor, grid_from, grid_to)
+    grid_from, patches = _table_grid(tensor, info)
+    image, cls_rows = tensor[:patches], tensor[patches:]
+    if not getattr(attention, "cls_token", False):
+        cls_rows = cls_rows[:0]
+    elif not len(cls_rows):
+        cls_rows = tensor.new_zeros(3, tensor.shape[1])  # as a table begins
+    return resize_bias_table(torch.cat([image, cls_rows]), grid_from, grid_to)
+
+
+def _table_grid(table: Tensor, info: EncoderInfo) -> tuple[tuple[int, int], int]:
+    """Grid of a table of biases and its rows for patches; three more are a cls token's."""
+    h, w = info.grid
+    offsets = (2 * h - 1) * (2 * w - 1)
+    if len(table) in (offsets, offsets + 3):
+        return info.grid, offsets
+    offsets = math.isqrt(len(table)) ** 2  # of a window: no square of an odd number is three more than another
+    side = (math.isqrt(offsets) + 1) // 2
+    return (side, side), offsets
 
 
 def resize_encoder(

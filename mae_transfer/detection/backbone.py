@@ -5,7 +5,8 @@ State-dict keys of the encoder are ``backbone.net.*`` in a Detectron2 model, as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, Backbone
@@ -137,6 +138,7 @@ def mae_backbone(
     drop_path: float | None = None,
     square_size: int = 0,
     checkpointing: bool = False,
+    encoder: Mapping[str, Any] | None = None,
 ) -> MAEBackbone:
     """An ``MAEBackbone`` by the name of its size; what is None follows from the size and the recipe.
 
@@ -146,6 +148,8 @@ def mae_backbone(
             is interpolated in training; ViTDet keeps the pretraining's 224 and interpolates in every forward pass.
         window_size: in patches; 0 for global attention everywhere.
         global_blocks: blocks without windows; by default the last of every quarter.
+        encoder: further arguments of ``VisionTransformer``, such as the layer scale of the checkpoint to be loaded
+            (``checkpoint.weights_arguments`` lists them).
     """
     numbers = get_size(size)
     if drop_path is None:
@@ -157,12 +161,12 @@ def mae_backbone(
         patch_size=patch_size or numbers.patch_size,
         image_size=position_size or image_size,
         attention_image_size=image_size,
-        cls_token=False,
         final_norm=False,
         window_size=window_size,
         global_blocks=global_blocks,
         relative_position=relative_position,
         drop_path=drop_path,
         checkpointing=checkpointing,
+        **{"cls_token": False, **(encoder or {})},
     )
     return MAEBackbone(net, pyramid=pyramid, out_channels=out_channels, norm=norm, square_size=square_size)

@@ -19,7 +19,7 @@ from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, read_checkpoint
+from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, host_conflict, read_checkpoint, weights_arguments
 from mae_transfer.detection.augment import Augmentation
 from mae_transfer.detection.dataset import Category, read_categories
 from mae_transfer.detection.names import find_dataset
@@ -186,13 +186,19 @@ def settle_model(cfg: DictConfig, *, num_classes: int) -> None:
     dataset, model, augmentation = cfg.dataset, cfg.model, build_augmentation(cfg)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    patch_size = model.get("patch_size")
+    patch_size, encoder = model.get("patch_size"), model.get("encoder")
     size = get_size(model.get("size", _default(model, "size")))
     if cfg.train.init_checkpoint:
         info = read_checkpoint(cfg.train.init_checkpoint).info
         mean, std = info.mean, info.std
         patch_size = patch_size or info.patch_size[0]
+        encoder = weights_arguments(info) if encoder is None else encoder
+        attention = {name: model.get(name, _default(model, name)) for name in ("window_size", "relative_position")}
+        if problem := host_conflict(info, **attention):
+            alternative = "window_size=0 model.relative_position=" + (info.relative_position or "null")
+            raise ConfigError(f"{cfg.train.init_checkpoint} {problem}; it runs under model.{alternative}")
     model.patch_size = patch_size or size.patch_size
+    model.encoder = encoder or {}
     model.pixel_mean = [255 * value for value in dataset.mean or mean]
     model.pixel_std = [255 * value for value in dataset.std or std]
     model.num_classes = num_classes

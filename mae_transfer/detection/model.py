@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.layers import ShapeSpec
@@ -53,6 +53,7 @@ def mask_rcnn(
     relative_position: str | None = "decomposed",
     drop_path: float | None = None,
     checkpointing: bool = False,
+    encoder: Mapping[str, Any] | None = None,
     anchor_sizes: Sequence[float] = (32, 64, 128, 256, 512),
     rpn_convs: int = 2,
     rpn_anchors_per_image: int = 256,
@@ -78,7 +79,8 @@ def mask_rcnn(
         pixel_mean, pixel_std: RGB, on the scale 0..255 of Detectron2's pixels.
         square_size: pad images to squares of this size; 0 for whole maps only.
         size, patch_size, position_size, pyramid, window_size, global_blocks, relative_position, drop_path,
-            checkpointing: of the encoder, see ``mae_backbone``. ``patch_size`` None is the checkpoint's.
+            checkpointing, encoder: of the encoder, see ``mae_backbone``. ``patch_size`` and ``encoder`` None are the
+            checkpoint's.
         channels: of the pyramid and of the convolutions in the heads.
         norm: of the pyramid and of the box and mask heads: "LN", "GN", "BN" or "SyncBN".
         anchor_sizes: side of the anchors on p2 to p6 in pixels.
@@ -116,6 +118,7 @@ def mask_rcnn(
         drop_path=drop_path,
         square_size=square_size,
         checkpointing=checkpointing,
+        encoder=encoder,
     )
     rpn = RPN(
         in_features=list(LEVELS),

@@ -20,7 +20,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import nn
 
-from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, load_backbone
+from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, load_checkpoint, read_checkpoint, weights_arguments
 from mae_transfer.detection.backbone import MAEBackbone, mae_backbone
 from mae_transfer.detection.optimizer import adamw
 from mae_transfer.errors import ConfigError
@@ -78,6 +78,7 @@ def _backbone(cfg: CfgNode, pyramid: str) -> MAEBackbone:
     node = _node(cfg)
     if cfg.INPUT.FORMAT != "RGB":
         raise ConfigError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}; MAE encoders are trained on RGB")
+    checkpoint = read_checkpoint(node.INIT_CHECKPOINT) if node.INIT_CHECKPOINT else None
     backbone = mae_backbone(
         size=node.SIZE,
         patch_size=node.PATCH_SIZE,
@@ -92,9 +93,10 @@ def _backbone(cfg: CfgNode, pyramid: str) -> MAEBackbone:
         drop_path=node.DROP_PATH,
         square_size=node.SQUARE_SIZE,
         checkpointing=node.CHECKPOINTING,
+        encoder=weights_arguments(checkpoint.info) if checkpoint else None,
     )
-    if node.INIT_CHECKPOINT:
-        logger.info("Encoder from %s", load_backbone(backbone.net, node.INIT_CHECKPOINT))
+    if checkpoint:
+        logger.info("Encoder from %s", load_checkpoint(backbone.net, checkpoint))
     return backbone
 
 

@@ -19,7 +19,14 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS
 
-from mae_transfer.checkpoint import IMAGENET_MEAN, IMAGENET_STD, EncoderInfo, read_checkpoint
+from mae_transfer.checkpoint import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EncoderInfo,
+    host_conflict,
+    read_checkpoint,
+    weights_arguments,
+)
 from mae_transfer.engine.config import flatten, valid_keys
 from mae_transfer.errors import ConfigError, unknown_key
 from mae_transfer.segmentation import recipe
@@ -96,6 +103,7 @@ def derive(settings: Settings, facts: Facts, work_dir: str) -> Config:
             "facts": {
                 "size": facts.size,
                 "patch_size": facts.patch_size,
+                "encoder": dict(facts.encoder),
                 "mean": facts.mean,
                 "std": facts.std,
                 "classes": facts.classes,
@@ -148,14 +156,20 @@ def gather_facts(
         return Facts(
             size=known["size"],
             patch_size=known["patch_size"],
+            encoder=known.get("encoder", {}),
             mean=tuple(known["mean"]),
             std=tuple(known["std"]),
             **shared,
         )
     size, patch_size = resolve_encoder(settings, info, patch_given="encoder.patch_size" in chosen)
+    if info and (problem := host_conflict(info, window_size=0, relative_position=settings.encoder.relative_position)):
+        raise ConfigError(
+            f"{settings.init_checkpoint} {problem}; it runs under encoder.relative_position={info.relative_position}"
+        )
     return Facts(
         size=size,
         patch_size=patch_size,
+        encoder=weights_arguments(info) if info else {},
         mean=info.mean if info else IMAGENET_MEAN,
         std=info.std if info else IMAGENET_STD,
         **shared,

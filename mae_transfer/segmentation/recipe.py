@@ -8,8 +8,8 @@ used by MMSegmentation's own tools.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mae_transfer.errors import ConfigError
@@ -31,7 +31,8 @@ SIMPLE_PYRAMID_CHANNELS = 256  # ViTDet's; a narrower encoder keeps its width
 class Facts:
     """What settings alone do not tell: the encoder file's metadata, the class names, and the processes.
 
-    ``size`` and ``patch_size`` are resolved; mean and std are RGB in 0..1. ``class_weights`` are counted in the masks,
+    ``size`` and ``patch_size`` are resolved; ``encoder`` holds what else the encoder must share with its file
+    (``checkpoint.weights_arguments``); mean and std are RGB in 0..1. ``class_weights`` are counted in the masks,
     where a training wants them.
     """
 
@@ -40,6 +41,7 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    encoder: Mapping[str, Any] = field(default_factory=dict)
     palette: tuple[Colour, ...] = ()  # in pictures; empty: made
     class_weights: tuple[float, ...] | None = None
     num_processes: int = 1
@@ -78,6 +80,7 @@ def model(settings: Settings, facts: Facts) -> dict[str, Any]:
             "frozen": encoder.frozen,
             "freeze_blocks": settings.train.freeze_blocks,
             "init_checkpoint": settings.init_checkpoint,
+            **{name: value for name, value in facts.encoder.items() if name != "layer_scale"},  # a setting here
         },
         "neck": neck,
         "decode_head": _decode_head(settings, facts, channels),

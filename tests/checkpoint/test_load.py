@@ -218,3 +218,21 @@ def test_others_may_read_a_checkpoint_as_they_may_any_file(own: Path, tmp_path: 
     plain = tmp_path / "plain.txt"
     plain.write_text("as the umask says")
     assert own.stat().st_mode == plain.stat().st_mode
+
+
+def test_what_shapes_do_not_show_is_compared_too(own: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the file's attention has 3 heads, the model's 6"):
+        load_backbone(build_vit(**SMALL, num_heads=6), own)
+    rotary = {"absolute_positions": False, "rope_base": 100.0}
+    vit = build_vit(**SMALL, **rotary)
+    path = tmp_path / "rotary.safetensors"
+    write_safetensors(path, vit.state_dict(), describe(vit).to_metadata())
+    with pytest.raises(CheckpointError, match=r"rotary positions of base 100\.0, the model no rotary positions"):
+        load_backbone(build_vit(**SMALL, absolute_positions=False), path)
+    with pytest.raises(CheckpointError, match=r"base 100\.0, the model rotary positions of base 10\.0"):
+        load_backbone(build_vit(**SMALL, absolute_positions=False, rope_base=10.0), path)
+
+
+def test_the_licence_stands_in_the_report(official: Path, own: Path) -> None:
+    assert "cc-by-nc-4.0" in str(load_backbone(build_vit(**SMALL), official))
+    assert "  licence" not in str(load_backbone(build_vit(**SMALL), own))
