@@ -177,7 +177,7 @@ def train_on(rank: int, strategy: str, autocast: bool, store: str, results: str)
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_weights_sharded_or_not_train_as_in_one_process(strategy: str, autocast: bool, tmp_path: Path) -> None:
     alone, shared = str(tmp_path / "alone.pt"), str(tmp_path / "shared.pt")

@@ -25,6 +25,7 @@ from tests.pretrain.small import ARGUMENTS, children, timeless, wait_for
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("ddp", "fsdp2")
+ONE_AT_LEAST = [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"]  # minutes of processes that start
 COMMON = (
     *(str(ROOT / "configs" / "pretrain" / "tiny.yaml"), *ARGUMENTS, "train.accumulate=2", "train.ema=0.9"),
     *("optim.clip_grad=1.0", "log.reconstruct_every_epochs=3", "log.evaluate_images=9", "train.steps=10"),
@@ -122,7 +123,7 @@ def test_a_sharded_state_is_read_by_one_process(one: Path, two: Path, pictures: 
     assert torch.isfinite(load_mae(state).model.decoder_pred.weight).all()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ONE_AT_LEAST)
 def test_a_state_of_one_process_is_read_by_two(one: Path, pictures: Path, tmp_path: Path, strategy: str) -> None:
     state = one / "checkpoints" / "step-00000009.pt"
     finish(launch(arguments(pictures, tmp_path / "run", f"run.resume={state}", f"train.distributed={strategy}")))
@@ -149,7 +150,7 @@ def test_a_damaged_shard_is_noticed(
     assert latest_good_checkpoint(two / "checkpoints") == newest
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ONE_AT_LEAST)
 def test_torchrun_restarts_after_a_process_died(
     pictures: Path, tmp_path: Path, strategy: str, request: pytest.FixtureRequest
 ) -> None:

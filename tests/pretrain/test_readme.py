@@ -23,6 +23,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 def test_every_command_is_executed(tmp_path: Path) -> None:
     for name in ("tools", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)

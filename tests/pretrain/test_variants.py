@@ -237,7 +237,7 @@ def test_a_run_of_a_variant(variant: tuple[str, ...], tmp_path: Path, capsys: py
     assert all(torch.equal(value, back[name]) for name, value in loaded.model.state_dict().items())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_train_a_variant_as_one_does(strategy: str, tmp_path: Path) -> None:
     """Frozen and trained tables, blocks of another kind and small modules beside them, whole and in shards."""
     pictures = write_pictures(tmp_path / "pictures", 12)
