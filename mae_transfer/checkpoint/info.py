@@ -40,6 +40,8 @@ class EncoderInfo:
         mlp_ratio, ffn, norm_eps, cls_token, num_registers, absolute_positions, rope_base, final_norm, layer_scale,
             window_size, global_blocks, relative_position: what ``VisionTransformer`` is built with to hold it;
             ``layer_scale`` says whether there is one.
+        pooled_norm: a norm of the averaged patch tokens (``fc_norm``) stands after the last block, as fine-tuning
+            leaves it.
         attention_image_size: (height, width) whose grid the relative tables of global blocks span; None for
             ``image_size``.
         source: what the weights were read from: a file's name, or ``owner/name`` on a hub; empty where unknown.
@@ -68,6 +70,7 @@ class EncoderInfo:
     absolute_positions: bool = True
     rope_base: float | None = None
     final_norm: bool = True
+    pooled_norm: bool = False
     layer_scale: bool = False
     window_size: int = 0
     global_blocks: tuple[int, ...] = ()
@@ -165,6 +168,7 @@ def infer_info(
         "mlp_ratio": tensors["blocks.0.mlp.fc2.weight"].shape[1] / width,
         "cls_token": "cls_token" in tensors,
         "final_norm": "norm.weight" in tensors or "norm.bias" in tensors,
+        "pooled_norm": "fc_norm.weight" in tensors,
         "layer_scale": "blocks.0.ls1.gamma" in tensors,
         **_relative_position(tensors, grid),
     }

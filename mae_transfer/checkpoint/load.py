@@ -22,7 +22,7 @@ _NEW_IN_TRANSFER = re.compile(
     r"(.*\.)?(rel_pos_[hw]|relative_position_bias_table|ls[12]\.gamma)$|^(fc_norm|head|head_norm)\."
 )
 # What a host may have been built without; relative positions come and go with the host (ViTDet, Li et al.).
-_OPTIONAL_IN_HOST = re.compile(r"^(cls_token$|norm\.|.*\.rel_pos_[hw]$|.*relative_position_bias_table$)")
+_OPTIONAL_IN_HOST = re.compile(r"^(cls_token$|norm\.|fc_norm\.|.*\.rel_pos_[hw]$|.*relative_position_bias_table$)")
 _LAYER_SCALE = re.compile(r".*\.ls[12]\.gamma$")
 
 
@@ -73,7 +73,7 @@ def load_backbone(vit: VisionTransformer, path: str | Path, *, patch_resize: str
 
     Position embeddings (absolute and relative) are resized to the model's grid. Explained, hence allowed: missing
     relative position, layer scale, fc_norm and heads; unused decoder, mask token and classification head;
-    cls_token, norm or relative positions where the model has none; a layer scale of one.
+    cls_token, norms or relative positions where the model has none; a layer scale of one.
 
     Args:
         path: a file, a folder, "hf://owner/name[@revision][/file]" or "timm/name".
@@ -207,6 +207,7 @@ def describe(vit: VisionTransformer, **fields: object) -> EncoderInfo:
         "absolute_positions": vit.pos_embed is not None,
         "rope_base": vit.rope_base,
         "final_norm": not isinstance(vit.norm, nn.Identity),
+        "pooled_norm": hasattr(vit, "fc_norm") and not isinstance(vit.fc_norm, nn.Identity),
         "layer_scale": not isinstance(vit.blocks[0].ls1, nn.Identity),
         "window_size": vit.window_size,
         "global_blocks": vit.global_blocks,

@@ -9,12 +9,15 @@ from torch import Tensor
 
 # Tensors that a backbone has no use for.
 _NOT_OF_THE_ENCODER = re.compile(
-    r"^(decoder_|wfm\.|dec_norms\.|mask_token$|encoder_mask_token$|head\.|head_dist\.|head_norm\.|fc_norm\.)"
+    r"^(decoder_|wfm\.|dec_norms\.|mask_token$|encoder_mask_token$|head\.|head_dist\.|head_norm\.)"
 )
 
 
 def is_encoders(name: str) -> bool:
-    """Whether a tensor is the encoder's: not a decoder's, a mask token, a head's."""
+    """Whether a tensor is the encoder's: not a decoder's, a mask token, a head's.
+
+    ``fc_norm``, with which fine-tuning on averaged patches replaces ``norm``, is.
+    """
     return not _NOT_OF_THE_ENCODER.match(name)
 
 

@@ -164,9 +164,14 @@ def _filled_model(model: ModelConfig, info: EncoderInfo | None, *, trains_encode
     else:
         patch, width, depth, num_heads, name = info.patch_size, info.width, info.depth, info.num_heads, info.size
     architecture = {**_other_arguments(info), **model.architecture}
-    pool = model.pool or ("cls" if not trains_encoder and architecture.get("cls_token", True) else "mean")
-    if pool == "cls" and not architecture.get("cls_token", True):
-        raise ConfigError("model.pool=cls: this encoder has no cls token; use model.pool=mean")
+    has_norm, has_cls = architecture.get("final_norm", True), architecture.get("cls_token", True)
+    pooled_norm = model.pooled_norm
+    if pooled_norm is None:
+        pooled_norm = info is not None and info.pooled_norm and not has_norm
+    pool = model.pool or ("mean" if trains_encoder or pooled_norm or not has_cls else "cls")
+    if pool == "cls" and (pooled_norm or not has_cls):
+        why = "was fine-tuned on averaged patches and has no norm for its cls token" if has_cls else "has no cls token"
+        raise ConfigError(f"model.pool=cls: this encoder {why}; use model.pool=mean")
     drop_path = model.drop_path
     if drop_path is None:
         drop_path = SIZES.get(name, SIZES["base"]).finetune_drop_path if trains_encoder else 0.0
@@ -178,6 +183,7 @@ def _filled_model(model: ModelConfig, info: EncoderInfo | None, *, trains_encode
         depth=model.depth or depth,
         num_heads=model.num_heads or num_heads,
         pool=pool,
+        pooled_norm=pooled_norm,
         drop_path=drop_path,
         architecture=architecture,
     )

@@ -53,22 +53,26 @@ class Classifier(VisionTransformer):
     """The encoder, pooled, and a linear layer.
 
     Keys besides the encoder's: ``fc_norm.*``, the norm of the averaged patch tokens, which takes the place of ``norm``
-    as in the released fine-tuning code; ``head.*``. With ``probe`` the encoder keeps its ``norm`` whatever is pooled,
-    and ``head`` is ``FeatureNorm`` and the layer (``head.0``, ``head.1``), as in the released linear probe.
+    as in the released fine-tuning code; ``head.*``. With ``probe`` the encoder keeps the norm that it has: ``norm``
+    whatever is pooled, or the ``fc_norm`` of one that was fine-tuned with it; ``head`` is ``FeatureNorm`` and the layer
+    (``head.0``, ``head.1``), as in the released linear probe.
 
     Args:
         pool: "mean" of the patch tokens, or the "cls" token.
         probe: built to be trained on an encoder that stays as it is.
+        pooled_norm: of a probe: the encoder has ``fc_norm``.
         encoder: what ``VisionTransformer`` takes.
     """
 
-    def __init__(self, *, num_classes: int, pool: str = "mean", probe: bool = False, **encoder: Any) -> None:
+    def __init__(
+        self, *, num_classes: int, pool: str = "mean", probe: bool = False, pooled_norm: bool = False, **encoder: Any
+    ) -> None:
         norm = encoder.pop("final_norm", True)  # some families have none; what a probe is put on stays as it is
         super().__init__(final_norm=norm if probe else pool == "cls", **encoder)
         self.num_classes = num_classes
         self.pool = pool
         self.probe = probe
-        averaged = pool == "mean" and not probe
+        averaged = pool == "mean" and (pooled_norm or not probe)
         self.fc_norm = nn.LayerNorm(self.width, eps=self.norm_eps) if averaged else nn.Identity()
         linear = nn.Linear(self.width, num_classes)
         nn.init.trunc_normal_(linear.weight, std=_PROBE_STD if probe else _FINETUNE_STD)
@@ -79,7 +83,8 @@ class Classifier(VisionTransformer):
 
     def train_last(self, blocks: float) -> None:
         """Freeze the encoder but for its last ``blocks`` blocks; half a block is its MLP with its norm (paper, Section
-        4.3). The head trains always, and so does ``fc_norm``, which no checkpoint has; ``norm`` if a block does.
+        4.3). The head trains always, and so does ``fc_norm``, which no pretraining has, but for a probe's; ``norm`` if
+        a block does.
 
         Raises:
             ConfigError: more blocks than there are.
@@ -95,7 +100,8 @@ class Classifier(VisionTransformer):
                 part = name.split(".")[2]
                 trains = block >= first or (half and block == first - 1 and part in ("norm2", "mlp", "ls2"))
             else:
-                trains = name.startswith(("head.", "fc_norm.")) or (blocks > 0 and name.startswith("norm."))
+                of_the_encoder = name.startswith("norm.") or (self.probe and name.startswith("fc_norm."))
+                trains = blocks > 0 if of_the_encoder else name.startswith(("head.", "fc_norm."))
             parameter.requires_grad_(trains)
 
     def train(self, mode: bool = True) -> Classifier:
@@ -103,7 +109,7 @@ class Classifier(VisionTransformer):
         super().train(mode)
         if self.frozen_blocks is not None:
             frozen = [self.patch_embed, *list(self.blocks)[: self.frozen_blocks]]
-            for part in frozen if self.frozen_blocks < self.depth else [*frozen, self.norm]:
+            for part in frozen if self.frozen_blocks < self.depth else [*frozen, self.norm, self.fc_norm]:
                 part.eval()
         return self
 
@@ -179,6 +185,7 @@ def load_classifier(path: str | Path, *, image_size: tuple[int, int] | None = No
         num_classes=len(weight),
         pool=metadata.get("pool", default),
         probe=probe,
+        pooled_norm=info.pooled_norm,
         **{**vit_arguments(info), **({} if image_size is None else {"image_size": image_size})},
     )
     load_checkpoint(model, checkpoint)

@@ -107,6 +107,7 @@ class ClassificationRun(Objective[LabelledBatch]):
             num_classes=len(self.classes),
             pool=config.model.pool,
             probe=not config.trains_encoder,
+            pooled_norm=bool(config.model.pooled_norm),
             **config.encoder_arguments,
         )
         if config.init_checkpoint is not None:

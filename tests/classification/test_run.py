@@ -127,6 +127,29 @@ def test_cached_features_train_as_images_do(classes: Path, encoder: Path, tmp_pa
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
+def test_a_fine_tuned_encoder_keeps_its_norm_of_averaged_patches(
+    classes: Path, finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run folder and its classifier are one start, and a probe sees what the fine-tuned head saw."""
+    init = f"init_checkpoint={finetuned}"
+    whole = load_classifier(finetuned)
+    for name, start in (("folder", finetuned), ("file", finetuned / "model.safetensors")):
+        assert run_tool(main, arguments("linear", classes, tmp_path / name, f"init_checkpoint={start}")) == 0
+        probe = load_classifier(tmp_path / name)
+        assert probe.model.probe and probe.model.pool == "mean"
+        images = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(probe.model.encode(images), whole.model.encode(images))
+    again = arguments("partial", classes, tmp_path / "again", init, "optim.base_lr=1e-12", "augment.kind=crop")
+    assert run_tool(main, again) == 0
+    norm = load_file(tmp_path / "again" / "encoder.safetensors")["fc_norm.weight"]
+    torch.testing.assert_close(norm, whole.model.fc_norm.weight.data)
+    assert not torch.equal(norm, torch.ones_like(norm))
+    capsys.readouterr()
+    assert run_tool(main, arguments("knn", classes, tmp_path / "cls", init, "model.pool=cls")) == 2
+    assert "was fine-tuned on averaged patches and has no norm for its cls token" in capsys.readouterr().err
+
+
 def test_nearest_neighbours(classes: Path, encoder: Path, tmp_path: Path) -> None:
     more = (f"init_checkpoint={encoder}", "knn.k=[1,5]")
     assert run_tool(main, arguments("knn", classes, tmp_path / "run", *more)) == 0
