@@ -163,7 +163,7 @@ def _filled_model(model: ModelConfig, info: EncoderInfo | None, *, trains_encode
         name = model.size or size.name
     else:
         patch, width, depth, num_heads, name = info.patch_size, info.width, info.depth, info.num_heads, info.size
-    architecture = {**_other_arguments(info), **model.architecture}
+    architecture = {**other_arguments(info), **model.architecture}
     has_norm, has_cls = architecture.get("final_norm", True), architecture.get("cls_token", True)
     pooled_norm = model.pooled_norm
     if pooled_norm is None:
@@ -189,7 +189,7 @@ def _filled_model(model: ModelConfig, info: EncoderInfo | None, *, trains_encode
     )
 
 
-def _other_arguments(info: EncoderInfo | None) -> dict[str, Any]:
+def other_arguments(info: EncoderInfo | None) -> dict[str, Any]:
     """Of what ``VisionTransformer`` takes to hold a checkpoint's encoder, that which is not its default."""
     given = {} if info is None else vit_arguments(info)
     return {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
+
+import yaml
 
 from mae_transfer.checkpoint import EncoderInfo
 from mae_transfer.study.compare import Run
@@ -23,12 +26,16 @@ class ClassificationTask(TransferTask):
     step_key = "step"
 
     def facts(self, info: EncoderInfo) -> dict[str, Any]:
+        from mae_transfer.classification.config import other_arguments  # that room, when it is needed
+
         return {
             "model.size": info.size,
             "model.patch_size": f"[{info.patch_size[0]},{info.patch_size[1]}]",
             "model.width": info.width,
             "model.depth": info.depth,
             "model.num_heads": info.num_heads,
+            "model.architecture": json.dumps(other_arguments(info)),
+            "model.pooled_norm": json.dumps(info.pooled_norm and not info.final_norm),
             "data.channels": info.channels,
             "data.mean": list_option(info.mean),
             "data.std": list_option(info.std),
@@ -50,4 +57,8 @@ class ClassificationTask(TransferTask):
         return [str(TOOLS / "train_cls.py"), str(self.config_file), *self.settings(run)]
 
     def is_finished(self, run: Run) -> bool:
-        return (run.folder / "model.safetensors").is_file()
+        config = run.folder / "config.yaml"
+        if not config.is_file() or not (run.folder / "per_class.csv").is_file():
+            return False
+        protocol = yaml.safe_load(config.read_text(encoding="utf-8"))["protocol"]
+        return protocol == "knn" or (run.folder / "model.safetensors").is_file()  # neighbours leave no weights

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from mae_transfer.checkpoint.card import sha256
+from mae_transfer.checkpoint.read import resolve_path
 from mae_transfer.errors import EXIT_PREEMPTED, CheckpointError, ConfigError
 from mae_transfer.study.classification import ClassificationTask
 from mae_transfer.study.compare import Init, Task, markdown, plan, run_all, write_results
@@ -85,13 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     definition = {
         "task": args.task,
         "config_file": str(args.config_file),
+        "config_sha256": sha256(args.config_file),
         "overrides": sorted(args.overrides),
         "threads": args.threads,
         "inits": {init.name: str(init.checkpoint) for init in inits},
+        "init_sha256": {init.name: _digest(init) for init in inits},
         "seeds": args.seeds,
         "fractions": args.fractions,
     }
-    claim(out, definition, what="comparison", may_grow=("inits", "seeds", "fractions"))
+    claim(out, definition, what="comparison", may_grow=("inits", "init_sha256", "seeds", "fractions"))
     try:
         stopped_by = run_all(task, runs, jobs=args.jobs, threads=args.threads)
     finally:
@@ -102,6 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(markdown(task, runs), end="")
     print(f"{out / 'results.md'}, {out / 'curves.png'}")
     return 0
+
+
+def _digest(init: Init) -> str:
+    """Of the file that a start is read from; empty for random weights and for a folder of shards."""
+    if init.checkpoint is None:
+        return ""
+    path = resolve_path(init.checkpoint)
+    return sha256(path) if path.is_file() else ""
 
 
 def _overrides_last(words: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from mae_transfer.checkpoint import EncoderInfo
+from mae_transfer.checkpoint import EncoderInfo, weights_arguments
 from mae_transfer.study.compare import Run
 from mae_transfer.study.jobs import TOOLS
 from mae_transfer.study.transfer import TransferTask, list_option
@@ -22,7 +22,9 @@ class DetectionTask(TransferTask):
     step_key = "iteration"
 
     def facts(self, info: EncoderInfo) -> dict[str, Any]:
+        encoder = weights_arguments(info)
         return {
+            **({"model.encoder": json.dumps(encoder)} if encoder else {}),
             "model.patch_size": info.patch_size[0],
             "dataset.mean": list_option(info.mean),
             "dataset.std": list_option(info.std),

@@ -15,11 +15,13 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mae_transfer import build_vit
-from mae_transfer.checkpoint import describe, write_safetensors
+from mae_transfer.checkpoint import describe, encoder_state, write_safetensors
 from mae_transfer.classification.config import ClassificationConfig
+from mae_transfer.classification.model import Classifier
 from mae_transfer.engine.config import read_config
 from mae_transfer.errors import RunFailed, run_tool
 from mae_transfer.study import compare
@@ -29,6 +31,7 @@ from mae_transfer.study.compare import Init, Outcome, Run, plan, run_all, verdic
 from mae_transfer.study.detection import DetectionTask
 from mae_transfer.study.jobs import claim, seconds_of
 from mae_transfer.study.segmentation import SegmentationTask
+from tests.classification.small import write_classes
 
 ROOT = Path(__file__).resolve().parents[2]
 INITS = [Init(name="pretrained", checkpoint=Path("x")), Init(name="random", checkpoint=None)]
@@ -167,7 +170,13 @@ def test_so_it_does_in_classification(encoder: Path, tmp_path: Path) -> None:
     first, other = (task.settings(run) for run in runs)
     common = {"train.epochs=5", "data.std=[1,1,1]", "data.mean=[0.5,0.25,0.125]", "data.channels=3", "run.seed=3"}
     common |= {"model.patch_size=[8,8]", "model.width=192", "model.depth=12", "model.num_heads=3", "model.size=tiny"}
-    common |= {"data.fraction=0.25", "data.fraction_seed=3", "run.resume=auto"}
+    common |= {
+        "model.architecture={}",
+        "model.pooled_norm=false",
+        "data.fraction=0.25",
+        "data.fraction_seed=3",
+        "run.resume=auto",
+    }
     assert set(other) == common | {f"run.dir={runs[1].folder}"}
     assert set(first) == common | {f"run.dir={runs[0].folder}", f"init_checkpoint={encoder}"}
     models = []
@@ -178,12 +187,34 @@ def test_so_it_does_in_classification(encoder: Path, tmp_path: Path) -> None:
     assert models[0] == models[1]
 
 
+def test_random_weights_have_the_architecture_of_the_encoder_they_are_compared_with(tmp_path: Path) -> None:
+    """Layer scale and registers in classification; in detection what a config has a place for."""
+    vit = build_vit("tiny", image_size=32, patch_size=8, layer_scale=1.0, norm_eps=1e-5, ffn="swiglu", mlp_ratio=2.0)
+    path = tmp_path / "encoder.safetensors"
+    write_safetensors(path, vit.state_dict(), describe(vit).to_metadata())
+    inits = [Init(name="pretrained", checkpoint=path), Init(name="random", checkpoint=None)]
+    random = plan(tmp_path, inits=inits, seeds=[0], fractions=[1.0])[1]
+    config = ROOT / "configs/classification/study_finetune.yaml"
+    settings = ClassificationTask(config, [], inits).settings(random)
+    architecture = {"layer_scale": 1.0, "norm_eps": 1e-5, "ffn": "swiglu", "mlp_ratio": 2.0}
+    assert read_config(ClassificationConfig, config, settings).model.architecture == architecture
+    pytest.importorskip("detectron2")
+    from mae_transfer.detection.config import load_config
+
+    config = ROOT / "configs/detection/tiny.py"
+    cfg = load_config(config, DetectionTask(config, [], inits).settings(random))
+    assert dict(cfg.model.encoder) == architecture
+
+
 def test_the_curve_of_a_classification_is_its_metrics(encoder: Path, tmp_path: Path) -> None:
     task = ClassificationTask(ROOT / "configs/classification/study_linear.yaml", [], INITS[1:])
     run = Run(fraction=1.0, init=INITS[1], seed=0, folder=tmp_path)
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "val_top1": 3.5, "val_top5": 9.0}, {"step": 4, "val_top1": 4.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert task.curves(run) == {"val_top1": [(2, 3.5), (4, 4.0)], "val_top5": [(2, 9.0)]}
+    assert not task.is_finished(run)
+    (tmp_path / "config.yaml").write_text("protocol: linear\n")
+    (tmp_path / "per_class.csv").touch()
     assert not task.is_finished(run)
     (tmp_path / "model.safetensors").touch()
     assert task.is_finished(run)
@@ -291,3 +322,42 @@ def test_two_starts_of_upernet(encoder: Path, tmp_path: Path) -> None:
     assert [[step for step, _ in entry["curves"]["mIoU"]] for entry in content] == [[2, 4]] * 4
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "4 of 4 runs are finished already" in again.stderr
+
+
+def test_a_changed_config_or_encoder_is_another_comparison(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, start = tmp_path / "config.yaml", tmp_path / "encoder.safetensors"
+    start.write_bytes(encoder.read_bytes())
+    config.write_text("protocol: linear\ndata: {train: a, val: b}\n", encoding="utf-8")
+    monkeypatch.setattr("mae_transfer.study.cli.run_all", lambda *args, **options: None)
+    command = ["classification", "--config-file", str(config), "--out", str(tmp_path / "out"), "--init", f"a={start}"]
+    command += ["--init", "random"]
+    assert run_tool(main, command) == 0
+    assert run_tool(main, [*command, "--init", f"b={start}"]) == 0, "more starts may be added"
+    before = start.read_bytes()
+    vit = build_vit("tiny", patch_size=8, image_size=64)  # other random weights
+    write_safetensors(start, vit.state_dict(), describe(vit).to_metadata())
+    assert run_tool(main, command) == 2 and "init_sha256 a was" in capsys.readouterr().err
+    start.write_bytes(before)
+    config.write_text("protocol: linear\ndata: {train: a, val: b}\nmodel: {pool: mean}\n", encoding="utf-8")
+    assert run_tool(main, command) == 2 and "config_sha256 was" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_neighbours_of_a_fine_tuned_encoder_without_norm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Classifier(num_classes=2, image_size=32, patch_size=8, width=32, depth=2, num_heads=2)
+    start = tmp_path / "encoder.safetensors"
+    write_safetensors(start, encoder_state(model.state_dict()), describe(model).to_metadata())
+    for part in ("train", "val"):
+        write_classes(tmp_path / part, classes=2)
+    command = [sys.executable, str(ROOT / "tools/compare_inits.py"), "classification", "--out", str(tmp_path / "out")]
+    command += ["--config-file", str(ROOT / "configs/classification/tiny_knn.yaml"), "--seeds", "0", "knn.k=[1,3]"]
+    command += ["--init", f"ours={start}", "--init", "random", "data.image_size=32", "log.tensorboard=false"]
+    command += [f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", "data.workers=0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| 100 % | ours | 1 |" in done.stdout and "| 100 % | random | 1 |" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "2 of 2 runs are finished already" in again.stderr
