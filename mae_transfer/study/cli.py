@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mae_transfer.checkpoint.card import sha256
+from mae_transfer.checkpoint.hub import is_address
 from mae_transfer.checkpoint.read import resolve_path
 from mae_transfer.errors import EXIT_PREEMPTED, CheckpointError, ConfigError
 from mae_transfer.study.classification import ClassificationTask
@@ -53,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--init",
         action="append",
         required=True,
-        metavar="NAME=FILE|random",
-        help="a start: a name and its checkpoint, or random; once for each, and the first is compared with the others",
+        metavar="NAME=CHECKPOINT|random",
+        help="a start: a name and its checkpoint (a file, a run folder, hf://owner/name, timm/name), or random; once for each, and the first is compared with the others",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="(default: 0 1 2)")
     parser.add_argument(
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--jobs and --threads are at least 1")
     if not args.config_file.is_file():
         raise ConfigError(f"config file {args.config_file} does not exist")
-    inits, out = [_init(text) for text in args.init], args.out
+    inits, out = [parse_init(text) for text in args.init], args.out
     runs = plan(out, inits=inits, seeds=args.seeds, fractions=args.fractions)
     task = TASKS[args.task](args.config_file, args.overrides, inits)
     for run in {run.init.name: run for run in runs}.values():  # they differ in nothing else that could be wrong
@@ -126,14 +127,15 @@ def _overrides_last(words: Sequence[str]) -> list[str]:
     return [*(word for word in words if word not in overrides), *(["--", *overrides] if overrides else [])]
 
 
-def _init(text: str) -> Init:
+def parse_init(text: str) -> Init:
+    """``NAME=CHECKPOINT`` or ``random``."""
     name, equals, path = text.partition("=")
     if text == "random":
         return Init(name="random", checkpoint=None)
     if not equals or not path or not re.fullmatch(r"[\w.-]+", name):
         raise ConfigError(
-            f"--init {text}: expected random, or NAME=FILE with a name of letters, digits, '.', '_' and '-'"
+            f"--init {text}: expected random, or NAME=CHECKPOINT with a name of letters, digits, '.', '_' and '-'"
         )
-    if not Path(path).exists():
+    if not is_address(path) and not Path(path).exists():
         raise CheckpointError(f"--init {text}: {path} does not exist")
     return Init(name=name, checkpoint=Path(path))

@@ -20,13 +20,14 @@ from PIL import Image
 
 from mae_transfer import build_vit
 from mae_transfer.checkpoint import describe, encoder_state, write_safetensors
+from mae_transfer.checkpoint.hub import is_address
 from mae_transfer.classification.config import ClassificationConfig
 from mae_transfer.classification.model import Classifier
 from mae_transfer.engine.config import read_config
-from mae_transfer.errors import RunFailed, run_tool
+from mae_transfer.errors import CheckpointError, RunFailed, run_tool
 from mae_transfer.study import compare
 from mae_transfer.study.classification import ClassificationTask
-from mae_transfer.study.cli import main
+from mae_transfer.study.cli import main, parse_init
 from mae_transfer.study.compare import Init, Outcome, Run, plan, run_all, verdicts, write_results
 from mae_transfer.study.detection import DetectionTask
 from mae_transfer.study.jobs import claim, seconds_of
@@ -361,3 +362,10 @@ def test_neighbours_of_a_fine_tuned_encoder_without_norm(tmp_path: Path) -> None
     assert "| 100 % | ours | 1 |" in done.stdout and "| 100 % | random | 1 |" in done.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "2 of 2 runs are finished already" in again.stderr
+
+
+def test_a_start_may_be_an_address() -> None:
+    start = parse_init("vit=hf://someone/encoder@v2").checkpoint
+    assert start is not None and is_address(start)
+    with pytest.raises(CheckpointError, match="missing.pth does not exist"):
+        parse_init("vit=missing.pth")
