@@ -225,7 +225,7 @@ BAD = [
     (["--init", "random"], "two starts"),
     (["--init", "random", "--init", "random"], "twice"),
     (["--init", "random", "--init", "a=missing.pth"], "missing.pth does not exist"),
-    (["--init", "random", "--init", "missing.pth"], "NAME=FILE"),
+    (["--init", "random", "--init", "missing.pth"], "NAME=CHECKPOINT"),
     (["--init", "random", "--init", "a=ENCODER", "--fractions", "25"], "--fractions 25"),
     (["--init", "random", "--init", "a=ENCODER", "--jobs", "0"], "at least 1"),
     (["--init", "random", "--init", "a=ENCODER", "train.seed=1"], "sets train.seed itself"),
@@ -367,5 +367,5 @@ def test_neighbours_of_a_fine_tuned_encoder_without_norm(tmp_path: Path) -> None
 def test_a_start_may_be_an_address() -> None:
     start = parse_init("vit=hf://someone/encoder@v2").checkpoint
     assert start is not None and is_address(start)
-    with pytest.raises(CheckpointError, match="missing.pth does not exist"):
+    with pytest.raises(CheckpointError, match=r"missing\.pth does not exist"):
         parse_init("vit=missing.pth")
