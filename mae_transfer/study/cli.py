@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="NAME=CHECKPOINT|random",
-        help="a start: a name and its checkpoint (a file, a run folder, hf://owner/name), or random; once for each, and "
+        help="a start: a name and its checkpoint (a file, a run folder, hf://owner/name), or random; once for each; "
         "the first is compared with the others",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="(default: 0 1 2)")
