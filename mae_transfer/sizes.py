@@ -42,7 +42,13 @@ class Size:
 
     @property
     def segmentation_taps(self) -> tuple[int, ...]:
-        """BEiT's taps for UperNet: the last four of every ``depth / 6`` blocks; B: 3, 5, 7, 11; L: 7, 11, 15, 23."""
+        """BEiT's taps for UperNet: the last four of every ``depth / 6`` blocks; B: 3, 5, 7, 11; L: 7, 11, 15, 23.
+
+        Raises:
+            ConfigError: fewer than six blocks.
+        """
+        if self.depth < 6:
+            raise ConfigError(f"four taps as in BEiT's UperNet need six blocks; this encoder has {self.depth}")
         third, sixth = self.depth // 3, self.depth // 6
         return (third - 1, third + sixth - 1, third + 2 * sixth - 1, self.depth - 1)
 

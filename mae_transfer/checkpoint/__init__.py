@@ -1,6 +1,6 @@
 """Checkpoints: recognise a family, read it safely, convert, report."""
 
-from mae_transfer.checkpoint.build import host_conflict, vit_arguments, weights_arguments
+from mae_transfer.checkpoint.build import SIZE_ARGUMENTS, host_conflict, vit_arguments, weights_arguments
 from mae_transfer.checkpoint.files import atomic_write, write_safetensors, write_torch
 from mae_transfer.checkpoint.info import IMAGENET_MEAN, IMAGENET_STD, EncoderInfo
 from mae_transfer.checkpoint.load import (
@@ -17,6 +17,7 @@ from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "SIZE_ARGUMENTS",
     "Checkpoint",
     "EncoderInfo",
     "Report",

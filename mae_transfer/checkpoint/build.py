@@ -36,6 +36,7 @@ def vit_arguments(info: EncoderInfo) -> dict[str, Any]:
     }
 
 
+SIZE_ARGUMENTS = ("width", "depth", "num_heads")
 # How a block computes and what tokens it sees: under other values the weights mean nothing.
 _OF_THE_WEIGHTS = ("mlp_ratio", "ffn", "norm_eps", "layer_scale", "num_registers", "absolute_positions", "rope_base")
 
@@ -43,12 +44,15 @@ _OF_THE_WEIGHTS = ("mlp_ratio", "ffn", "norm_eps", "layer_scale", "num_registers
 def weights_arguments(info: EncoderInfo) -> dict[str, Any]:
     """What a host that builds the encoder by a recipe of its own must yet take from the checkpoint.
 
-    Of ``VisionTransformer``'s arguments; only what departs from their defaults, so nothing for a published MAE.
+    Of ``VisionTransformer``'s arguments; only what departs from their defaults, so nothing for a published MAE. Of an
+    encoder of no named size its width, depth and heads too.
     """
     defaults = inspect.signature(VisionTransformer).parameters
     own = vit_arguments(info)
     taken = {name: own[name] for name in _OF_THE_WEIGHTS if own[name] != defaults[name].default}
-    return taken | ({"cls_token": True} if info.num_registers else {})
+    if info.num_registers:
+        taken["cls_token"] = True
+    return taken | ({name: own[name] for name in SIZE_ARGUMENTS} if info.size == "custom" else {})
 
 
 def host_conflict(info: EncoderInfo, *, window_size: int, relative_position: str | None) -> str | None:

@@ -148,14 +148,15 @@ def mae_backbone(
             is interpolated in training; ViTDet keeps the pretraining's 224 and interpolates in every forward pass.
         window_size: in patches; 0 for global attention everywhere.
         global_blocks: blocks without windows; by default the last of every quarter.
-        encoder: further arguments of ``VisionTransformer``, such as the layer scale of the checkpoint to be loaded
-            (``checkpoint.weights_arguments`` lists them).
+        encoder: further arguments of ``VisionTransformer``, such as the layer scale of the checkpoint to be loaded, or
+            its width and depth where ``size`` only names the recipe (``checkpoint.weights_arguments`` lists them).
     """
     numbers = get_size(size)
+    own = dict(encoder or {})
     if drop_path is None:
         drop_path = numbers.sfp_drop_path if pyramid == "sfp" else numbers.fpn_drop_path
     if global_blocks is None:
-        global_blocks = numbers.quarter_blocks if window_size else ()
+        global_blocks = quarter_blocks(own.get("depth", numbers.depth)) if window_size else ()
     net = build_vit(
         size,
         patch_size=patch_size or numbers.patch_size,
@@ -167,6 +168,6 @@ def mae_backbone(
         relative_position=relative_position,
         drop_path=drop_path,
         checkpointing=checkpointing,
-        **{"cls_token": False, **(encoder or {})},
+        **{"cls_token": False, **own},
     )
     return MAEBackbone(net, pyramid=pyramid, out_channels=out_channels, norm=norm, square_size=square_size)

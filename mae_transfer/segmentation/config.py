@@ -22,6 +22,7 @@ from mmseg.registry import DATASETS
 from mae_transfer.checkpoint import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    SIZE_ARGUMENTS,
     EncoderInfo,
     host_conflict,
     read_checkpoint,
@@ -35,7 +36,7 @@ from mae_transfer.segmentation.masks import Colour
 from mae_transfer.segmentation.recipe import Facts
 from mae_transfer.segmentation.settings import Settings, read_settings, settings_dict
 from mae_transfer.segmentation.source import class_names, class_palette, splits_of
-from mae_transfer.sizes import SIZES
+from mae_transfer.sizes import SIZES, get_size
 
 # Keys of MMEngine's Runner that a file may add to those that the recipe derives.
 _RUNNER_KEYS = ("auto_scale_lr", "model_wrapper_cfg", "experiment_name", "compile")
@@ -166,10 +167,13 @@ def gather_facts(
         raise ConfigError(
             f"{settings.init_checkpoint} {problem}; it runs under encoder.relative_position={info.relative_position}"
         )
+    taken = weights_arguments(info) if info else {}
+    if settings.encoder.size:  # that of a named size; loading refuses another
+        taken = {name: value for name, value in taken.items() if name not in SIZE_ARGUMENTS}
     return Facts(
         size=size,
         patch_size=patch_size,
-        encoder=weights_arguments(info) if info else {},
+        encoder=taken,
         mean=info.mean if info else IMAGENET_MEAN,
         std=info.std if info else IMAGENET_STD,
         **shared,
@@ -190,7 +194,7 @@ def resolve_encoder(settings: Settings, info: EncoderInfo | None, *, patch_given
     size = encoder.size or (info.size if info else None)
     if size is None:
         raise ConfigError(f"encoder.size is not set and there is no init_checkpoint to tell; sizes: {', '.join(SIZES)}")
-    if size not in SIZES:
+    if size not in SIZES and (size != "custom" or encoder.size):
         raise ConfigError(f"encoder.size is {size!r}; expected one of {', '.join(SIZES)}")
     patch = encoder.patch_size
     if info is not None and not patch_given and not encoder.resize_patches:
@@ -199,7 +203,7 @@ def resolve_encoder(settings: Settings, info: EncoderInfo | None, *, patch_given
                 f"{settings.init_checkpoint} has oblong patches {info.patch_size}; the pyramid needs square ones"
             )
         patch = info.patch_size[0]
-    return size, patch or SIZES[size].patch_size
+    return size, patch or get_size(size).patch_size
 
 
 def read_options(texts: Sequence[str]) -> dict[str, Any]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from mae_transfer.checkpoint import SIZE_ARGUMENTS
 from mae_transfer.errors import ConfigError
 from mae_transfer.position import to_pair
 from mae_transfer.segmentation.geometry import whole_maps
 from mae_transfer.segmentation.masks import Colour
 from mae_transfer.segmentation.settings import Settings, loss_names
 from mae_transfer.segmentation.source import Split, splits_of
-from mae_transfer.sizes import get_size
+from mae_transfer.sizes import Size, get_size
 
 MAX_WARMUP = 1500
 CAT_MAX_RATIO = 0.75  # no class fills more of a training crop, where ten tries find one
@@ -47,11 +48,17 @@ class Facts:
     num_processes: int = 1
     gpus: bool = False
 
+    @property
+    def dimensions(self) -> Size:
+        """Of the encoder, and the recipe's numbers; those of ``base`` for an encoder of no named size."""
+        own = {name: self.encoder[name] for name in SIZE_ARGUMENTS if name in self.encoder}
+        return replace(get_size("base" if own else self.size), **own)
+
 
 def model(settings: Settings, facts: Facts) -> dict[str, Any]:
     """The encoder, its pyramid and a head: UperNet, or one for probing on the last block's map alone."""
     crop = crop_size(settings, facts.patch_size)
-    encoder, size = settings.encoder, get_size(facts.size)
+    encoder, size = settings.encoder, facts.dimensions
     pyramid = _pyramid(settings)
     neck = _neck(settings, facts, pyramid)
     # Channels of the maps that the heads read.
@@ -69,7 +76,7 @@ def model(settings: Settings, facts: Facts) -> dict[str, Any]:
         },
         "backbone": {
             "type": "MAEViT",
-            "size": facts.size,
+            "size": size.name,
             "patch_size": facts.patch_size,
             "image_size": crop,
             "taps": size.segmentation_taps if pyramid == "four_tap" else (size.depth - 1,),
@@ -109,7 +116,7 @@ def _pyramid(settings: Settings) -> str:
 def _neck(settings: Settings, facts: Facts, pyramid: str) -> dict[str, Any] | None:
     if pyramid == "none":
         return None
-    width = get_size(facts.size).width
+    width = facts.dimensions.width
     shared = {"width": width, "patch_size": facts.patch_size}
     if pyramid == "simple":
         norm = settings.encoder.pyramid_norm or "ln"  # ViTDet's
@@ -119,7 +126,7 @@ def _neck(settings: Settings, facts: Facts, pyramid: str) -> dict[str, Any] | No
 
 def _decode_head(settings: Settings, facts: Facts, channels: Sequence[int]) -> dict[str, Any]:
     head = settings.head
-    width = head.channels or get_size(facts.size).width
+    width = head.channels or facts.dimensions.width
     shared = {
         **_head(settings, facts, width),
         "loss_decode": _losses(settings, facts, 1.0),
@@ -242,7 +249,7 @@ def schedule(settings: Settings, facts: Facts) -> dict[str, Any]:
     """AdamW with layer decay; linear warm-up from a millionth, then linear to zero at the end of the run."""
     train = settings.train
     warmup = _warmup(settings)
-    decay = get_size(facts.size).segmentation_layer_decay if train.layer_decay is None else train.layer_decay
+    decay = facts.dimensions.segmentation_layer_decay if train.layer_decay is None else train.layer_decay
     decline = {
         "type": "PolyLR",
         "power": 1.0,

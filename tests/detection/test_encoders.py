@@ -10,10 +10,12 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from mae_transfer.checkpoint import load_backbone
+from mae_transfer.attention import WindowAttention
+from mae_transfer.checkpoint import describe, load_backbone, write_safetensors
 from mae_transfer.checkpoint.detectors import load_initial
 from mae_transfer.detection.config import load_config, resolve, save_config
 from mae_transfer.errors import CheckpointError, ConfigError
+from mae_transfer.vit import build_vit
 from tests.checkpoint.foreign import assert_equal, pictures
 from tests.checkpoint.hosted import FOREIGN, SIDE, last_map, last_map_without_cls
 
@@ -83,3 +85,18 @@ def test_tables_of_relative_positions_lose_the_rows_of_the_cls_token(scenes: Any
         table = block.attn.relative_position_bias_table
         assert len(table) == 7 * 7 + 3
         assert torch.equal(ours.attn.relative_position_bias_table, table[:-3])
+
+
+def test_an_encoder_of_no_named_size(scenes: Any, tmp_path: Path) -> None:
+    vit = build_vit("tiny", image_size=64, width=64, depth=6, num_heads=2)
+    path = tmp_path / "encoder.safetensors"
+    write_safetensors(path, vit.state_dict(), describe(vit).to_metadata())
+    cfg = resolve(load_config(TINY, [*scenes.overrides, f"train.init_checkpoint={path}"]))
+    assert dict(cfg.model.encoder) == {"width": 64, "depth": 6, "num_heads": 2}
+    net = instantiate(cfg.model).backbone.net
+    assert all(".rel_pos_" in name for name in load_backbone(net, path).missing)
+    windowed = [index for index, block in enumerate(net.blocks) if isinstance(block.attn, WindowAttention)]
+    assert (net.width, net.depth, windowed) == (64, 6, [1, 4])
+    optimizer = instantiate({**cfg.optimizer, "model": instantiate(cfg.model)})
+    rates = {group["lr"] for group in optimizer.param_groups}
+    assert min(rates) == pytest.approx(5e-4 * 0.9**7), "six blocks and the embeddings"

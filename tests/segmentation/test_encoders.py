@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
 
-from mae_transfer.errors import ConfigError
+from mae_transfer.checkpoint import describe, write_safetensors
+from mae_transfer.errors import CheckpointError, ConfigError
 from mae_transfer.segmentation.config import load_config
+from mae_transfer.vit import build_vit
 from tests.checkpoint.foreign import assert_equal, pictures
 from tests.checkpoint.hosted import FOREIGN, SIDE, last_map
 
@@ -49,3 +52,21 @@ def test_what_relative_positions_exclude_is_said_with_what_to_set(make_folder: A
         setting = f"encoder.relative_position={FOREIGN[family].relative_position}"
         with pytest.raises(ConfigError, match=setting):
             load_config(TINY, options(folder, path, given), work_dir=str(tmp_path))
+
+
+def test_an_encoder_of_no_named_size(make_folder: Any, tmp_path: Path) -> None:
+    vit = build_vit("tiny", image_size=SIDE, width=64, depth=6, num_heads=2)
+    path = tmp_path / "encoder.safetensors"
+    write_safetensors(path, vit.state_dict(), describe(vit).to_metadata())
+    given = options(make_folder(), path, None)
+    config = load_config(TINY, given, work_dir=str(tmp_path))
+    tiny = load_config(TINY, given | {"encoder.size": "tiny"}, work_dir=str(tmp_path))
+    images = pictures(SIDE, SIDE)
+    with DefaultScope.overwrite_default_scope("mmseg"), torch.no_grad():
+        model = MODELS.build(config.model).eval()
+        model.backbone.init_weights()
+        for ours, wanted in zip(model.backbone(images), vit.forward_taps(images, [1, 2, 3, 5])):
+            assert torch.equal(ours, wanted)
+        assert model(images, mode="tensor").shape[1] == model.decode_head.num_classes
+        with pytest.raises(CheckpointError, match="does not fit this 192-wide, 12-block model"):
+            MODELS.build(tiny.model).backbone.init_weights()
