@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mae_transfer.engine.distribution import Processes
 
+NEVER = 2**31 - 1  # the rank of a truth that is not among any number of classes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
@@ -24,9 +26,9 @@ class Predictions:
     Attributes:
         labels: (N,) int64, the truth.
         predicted: (N,) int64, the class that scored highest; −1 for an image that could not be read, which counts
-            nowhere.
+            nowhere; c where no class did, as the highest score is not finite or one is NaN.
         rank: (N,) int64, how many classes scored above the truth (an equal score counts as above where its class comes
-            first); c where the truth has no finite score.
+            first); ``NEVER`` where the truth has no finite score or a score is NaN.
         loss: (N,) float64, cross-entropy; NaN where scores are no logits.
         num_classes: c.
     """
@@ -52,14 +54,18 @@ class Predictions:
 
     @cached_property
     def confusion(self) -> np.ndarray:
-        """(c, c) int64: images of the class of the row taken for the class of the column."""
-        cells = self.labels[self.readable] * self.num_classes + self.predicted[self.readable]
+        """(c, c) int64: images of the class of the row taken for the class of the column, without those that were
+        taken for none."""
+        taken = self.readable & (self.predicted < self.num_classes)
+        cells = self.labels[taken] * self.num_classes + self.predicted[taken]
         return np.bincount(cells, minlength=self.num_classes**2).reshape(self.num_classes, self.num_classes)
 
     def summary(self) -> str:
         """A line about them."""
         left_out = int((~self.readable).sum())
         note = f", {left_out} unreadable left out" if left_out else ""
+        of_none = int((self.predicted == self.num_classes).sum())
+        note += f", {of_none} wrong as their scores are not finite" if of_none else ""
         return f"top-1 {self.top(1):.2f} %, top-5 {self.top(5):.2f} % of {int(self.readable.sum())} images{note}"
 
 
@@ -88,10 +94,11 @@ def per_class(predictions: Predictions, classes: Sequence[str]) -> list[ClassRes
     right = confusion.diagonal()
     taken = confusion.sum(axis=0)
     labels, rank = predictions.labels[predictions.readable], predictions.rank[predictions.readable]
+    totals = np.bincount(labels, minlength=predictions.num_classes)
     in_five = np.bincount(labels[rank < 5], minlength=predictions.num_classes)
     results = []
     for number, name in enumerate(classes):
-        images = int(confusion[number].sum())
+        images = int(totals[number])
         if not images:
             continue
         others = confusion[number].copy()
@@ -122,11 +129,16 @@ def most_confused(confusion: np.ndarray, count: int) -> list[tuple[int, int, int
 
 def rank_of_truth(scores: Tensor, labels: Tensor) -> Tensor:
     """``Predictions.rank`` of scores (N, c) and labels (N,): (N,) int64."""
-    num_classes = scores.shape[1]
     own = scores.gather(1, labels[:, None])  # (N, 1)
-    earlier = torch.arange(num_classes, device=scores.device) < labels[:, None]  # (N, c)
+    earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]  # (N, c)
     above = (scores > own) | ((scores == own) & earlier)
-    return torch.where(own[:, 0].isfinite(), above.sum(dim=1), num_classes)
+    return torch.where(own[:, 0].isfinite() & ~scores.isnan().any(dim=1), above.sum(dim=1), NEVER)
+
+
+def highest(scores: Tensor) -> Tensor:
+    """``Predictions.predicted`` of scores (N, c): (N,) int64."""
+    score, number = scores.max(dim=1)  # NaN where a score is; of equal ones the first
+    return torch.where(score.isfinite(), number, scores.shape[1])
 
 
 class Collector:
@@ -151,7 +163,7 @@ class Collector:
             if are_logits
             else torch.full_like(scores[:, 0], torch.nan)
         )
-        rows = torch.stack([scores.argmax(dim=1) + 1, rank_of_truth(scores, labels), loss.double()], dim=1)
+        rows = torch.stack([highest(scores) + 1, rank_of_truth(scores, labels), loss.double()], dim=1)
         readable = readable.to(rows.device)
         self._found[list(indices)] = torch.where(readable[:, None], rows, 0).cpu()
 

@@ -9,6 +9,7 @@ from sklearn.metrics import confusion_matrix, precision_score, recall_score, top
 from torch.nn import functional as F
 
 from mae_transfer.classification.metrics import (
+    NEVER,
     Collector,
     Predictions,
     most_confused,
@@ -67,9 +68,33 @@ def test_unreadable_images_count_nowhere() -> None:
 
 def test_ranks_ties_by_class_and_never_counts_what_is_not_a_number() -> None:
     scores = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [torch.nan, 2.0, 1.0], [torch.nan, 2.0, 1.0]])
-    assert rank_of_truth(scores, torch.tensor([0, 1, 0, 1])).tolist() == [0, 1, 3, 0]
+    assert rank_of_truth(scores, torch.tensor([0, 1, 0, 1])).tolist() == [0, 1, NEVER, NEVER]
     rows = torch.full((1, 3), -torch.inf)
-    assert rank_of_truth(rows, torch.tensor([0])).tolist() == [3]
+    assert rank_of_truth(rows, torch.tensor([0])).tolist() == [NEVER]
+
+
+@pytest.mark.parametrize(
+    ("row", "truth"),
+    [
+        ([torch.nan, torch.nan, torch.nan], 0),
+        ([torch.nan, 5.0, 1.0], 0),
+        ([torch.nan, 5.0, 1.0], 1),
+        ([1.0, torch.inf, 2.0], 1),
+        ([-torch.inf, -torch.inf, -torch.inf], 0),
+        ([1.0, -torch.inf, 2.0], 1),
+    ],
+)
+def test_scores_that_are_not_finite_are_wrong_by_every_measure(row: list[float], truth: int) -> None:
+    """Of three classes too, where any finite score is among the five highest."""
+    scores = torch.cat([torch.tensor([row]), torch.eye(3)[torch.arange(20) % 3]])
+    found = collected(scores, np.array([truth, *(np.arange(20) % 3)]))
+    results = per_class(found, ["a", "b", "c"])
+    assert found.top(1) == found.top(5) == pytest.approx(100 * 20 / 21)
+    assert found.confusion.trace() == 20 and sum(result.images for result in results) == 21
+    own = results[truth]
+    assert own.top1 == own.top5 == pytest.approx(100 * (own.images - 1) / own.images)
+    best = torch.tensor(row).max()
+    assert ("1 wrong as their scores are not finite" in found.summary()) == (not best.isfinite())
 
 
 def test_most_confused_pairs_are_in_order_and_leave_out_what_is_right() -> None:
