@@ -177,6 +177,8 @@ def plot_confusion(
     200 classes. Up to ``_NAMED_CELLS`` classes have a number of per cent in each cell; above, every so many classes are
     named, and the most frequent mistakes stand beside the matrix.
 
+    A class whose name the font cannot write has its number, counted from 0, in front of what can be written of it.
+
     Args:
         mistakes: (class, taken for, images), in the order to show them.
 
@@ -198,10 +200,11 @@ def plot_confusion(
     axes = figure.add_subplot(grid[0, 0])
     image = axes.imshow(100 * shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
     ticks = range(0, count, -(-count // 40))
-    names = [_shorten(classes[tick], 24) for tick in ticks]
+    shown = _drawable(classes)
+    names = [_shorten(shown[tick], 24) for tick in ticks]
     size = 9 if named else 7
-    axes.set_xticks(ticks, names, rotation=90, fontsize=size)
-    axes.set_yticks(ticks, names, fontsize=size)
+    axes.set_xticks(ticks, names, rotation=90, fontsize=size, parse_math=False)
+    axes.set_yticks(ticks, names, fontsize=size, parse_math=False)
     axes.set(xlabel="taken for", ylabel="class", title=title)
     bar = figure.colorbar(image, ax=axes, shrink=0.7, ticks=[0, 1, 5, 20, 50, 100])
     bar.set_label("% of the class's images")
@@ -211,7 +214,7 @@ def plot_confusion(
             ink = "white" if share > 35 else "black"
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8 if count > 12 else 9, color=ink)
     else:
-        _plot_mistakes(figure.add_subplot(grid[0, 1]), mistakes, confusion.sum(axis=1), classes)
+        _plot_mistakes(figure.add_subplot(grid[0, 1]), mistakes, confusion.sum(axis=1), shown)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format=path.suffix[1:])
 
@@ -226,9 +229,21 @@ def _plot_mistakes(
     axes.barh(range(len(mistakes)), [100 * images / totals[row] for row, _, images in mistakes], color="#9ecae1")
     for place, (row, column, images) in enumerate(mistakes):
         text = f"{_shorten(classes[row], 22)} → {_shorten(classes[column], 22)}   {images} of {totals[row]}"
-        axes.text(0.3, place, text, va="center", fontsize=8)
+        axes.text(0.3, place, text, va="center", fontsize=8, parse_math=False)
     axes.set(title="most frequent mistakes", xlabel="% of the class's images", yticks=[])
     axes.invert_yaxis()
+
+
+def _drawable(names: Sequence[str]) -> list[str]:
+    """Names in characters that the font has: with a box in place of others, and the name's number in front."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    drawn = ["".join(letter if ord(letter) in known else "□" for letter in name) for name in names]
+    return [
+        name if name == original else f"{number}: {name}"
+        for number, (name, original) in enumerate(zip(drawn, names, strict=True))
+    ]
 
 
 def _shorten(text: str, length: int) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_transfer.visualize import GridRow, image_grid, plot_curves, to_picture
+from mae_transfer.visualize import GridRow, _drawable, image_grid, plot_confusion, plot_curves, to_picture
 
 
 def test_pictures_are_placed_and_enlarged_without_smoothing() -> None:
@@ -39,6 +39,18 @@ def test_of_many_channels_the_first_are_shown(channels: int, shown: int) -> None
 def test_to_picture_rounds_and_clips() -> None:
     values = torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.0]).view(1, 1, 5)
     assert to_picture(values)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("count", [4, 30])
+def test_any_name_of_a_class_can_be_drawn(tmp_path: Path, count: int) -> None:
+    """Warnings are errors here: of glyphs that the font lacks, and formulas that are none."""
+    pytest.importorskip("matplotlib")
+    names = ["büro stuhl", "日本", "a$\\nothing$b", "x\ny", *(f"class {number}" for number in range(4, count))]
+    assert _drawable(names)[:4] == ["büro stuhl", "1: □□", "a$\\nothing$b", "3: x□y"]
+    confusion = np.eye(count, dtype=np.int64) + np.eye(count, k=1, dtype=np.int64)
+    plot_confusion(confusion, names, mistakes=[(0, 1, 1), (1, 2, 1), (2, 3, 1)], path=tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as image:
+        assert image.width > 300
 
 
 def test_curves_are_an_image(tmp_path: Path) -> None:
