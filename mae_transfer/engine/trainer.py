@@ -387,7 +387,7 @@ class Trainer(Generic[BatchT]):
         facts = state.facts
         if facts["num_samples"] != self.num_samples:
             raise ConfigError(
-                f"the checkpoint was trained on {facts['num_samples']} images an epoch and data.path now gives "
+                f"the checkpoint was trained on {facts['num_samples']} images an epoch and the training data now give "
                 f"{self.num_samples}; restore the data, or start a new run"
             )
         if facts["step"] > self.num_steps:

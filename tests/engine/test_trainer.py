@@ -204,7 +204,7 @@ def test_other_data_is_no_continuation(tmp_path: Path, regression: Callable[...,
     run.trainer.run()
     latest = latest_checkpoint(run.folder.checkpoints)
     assert latest is not None
-    with pytest.raises(ConfigError, match="trained on 24 images"):
+    with pytest.raises(ConfigError, match="trained on 24 images an epoch and the training data now give 25"):
         regression(tmp_path / "b", num_samples=25).trainer.load(open_state(latest))
     with pytest.raises(ConfigError, match="past this run's end"):
         regression(tmp_path / "c", num_steps=5).trainer.load(open_state(latest))
