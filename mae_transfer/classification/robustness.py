@@ -76,7 +76,9 @@ def evaluate_folders(
     renamed = read_class_map(data.class_map)
     # Everything is looked up before the first image is: the last of many folders may be the wrong one.
     sources = [
-        open_source([root], channels=data.channels, floats=data.own_statistics, cache=data.scan_cache_folder)
+        open_source(
+            [root], channels=data.channels, floats=data.own_statistics, cache=data.scan_cache_folder, key="data.val"
+        )
         for root in data.val_roots
     ]
     labels = [
@@ -116,7 +118,11 @@ def known_classes(loaded: LoadedClassifier, data: DataConfig) -> list[str] | Non
     if loaded.classes is not None or data.train is None:
         return loaded.classes
     source = open_source(
-        data.train_roots, channels=data.channels, floats=data.own_statistics, cache=data.scan_cache_folder
+        data.train_roots,
+        channels=data.channels,
+        floats=data.own_statistics,
+        cache=data.scan_cache_folder,
+        key="data.train",
     )
     classes = source.classes
     if classes is None or len(classes) != loaded.model.num_classes:

@@ -25,7 +25,12 @@ _CALLED = {
 
 
 def open_source(
-    roots: Sequence[str | Path], *, channels: int = 3, floats: bool = True, cache: Path | None = None
+    roots: Sequence[str | Path],
+    *,
+    channels: int = 3,
+    floats: bool = True,
+    cache: Path | None = None,
+    key: str | None = None,
 ) -> Source:
     """The images of one or several paths, which are all of one kind.
 
@@ -37,19 +42,29 @@ def open_source(
         channels: how many the pixels have.
         floats: whether files of float values may be taken as they are (see ``open_picture``).
         cache: the folder that keeps lists of files and indices of shards; None for neither reading nor writing one.
+        key: the setting that the paths were given by, for messages.
 
     Raises:
         DataError: nothing there, several kinds in one folder or in several, several splits in one folder.
         MissingDependencyError: tables need pyarrow.
     """
+    try:
+        return _open(roots, channels=channels, floats=floats, cache=cache)
+    except DataError as error:
+        if key is None:
+            raise
+        raise DataError(f"{key}: {error}") from error
+
+
+def _open(roots: Sequence[str | Path], *, channels: int, floats: bool, cache: Path | None) -> Source:
     if not roots:
-        raise DataError("no image folder given; set data.path=FOLDER")
+        raise DataError("no image folder given; name the folder that holds the images")
     paths = [path for root in roots for path in _expand(str(root))]
     listings = [scan.list_files(path, cache=cache) if path.is_dir() else None for path in paths]
     kinds = [_kind(path, listing, channels) for path, listing in zip(paths, listings, strict=True)]
     if len(set(kinds)) > 1:
         found = "; ".join(f"{path} holds {_CALLED[kind]}" for path, kind in zip(paths, kinds, strict=True))
-        raise DataError(f"the paths of data.path are of several kinds: {found}. Use one kind in a run")
+        raise DataError(f"the paths are of several kinds: {found}. Use one kind in a run")
     kind = kinds[0]
     if kind == "folder":
         folders = [listing for listing in listings if listing is not None]
@@ -116,5 +131,5 @@ def _refuse_several_splits(files: Sequence[Path], paths: Sequence[Path]) -> None
         pattern = one.parent / f"{_SPLIT.search(one.name.lower()).group(1)}*{one.suffix}"  # type: ignore[union-attr]
         raise DataError(
             f"{one.parent} holds several splits ({', '.join(sorted(splits))}); name the files of one, for example "
-            f"data.path='{pattern}'"
+            f"'{pattern}'"
         )

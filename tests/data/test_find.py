@@ -49,6 +49,20 @@ def test_what_cannot_be_a_source(tmp_path: Path) -> None:
             open_source(roots)
 
 
+def test_messages_name_the_setting_that_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^data\.val: image folder .*absent does not exist$"):
+        open_source([tmp_path / "absent"], key="data.val")
+    for split in ("train", "test"):
+        write_shard(tmp_path / "images" / f"{split}.tar", samples(0, 1))
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        (tmp_path / "tables" / f"{split}.parquet").touch()
+    write_pictures(tmp_path / "pictures", 1)
+    for roots in ([], [tmp_path / "absent"], [tmp_path / "tables"], [tmp_path / "images", tmp_path / "pictures"]):
+        with pytest.raises(DataError) as error:
+            open_source(roots)
+        assert "data." not in str(error.value), "which setting it was is not known here"
+
+
 def test_arrays_beside_images_are_no_pictures_but_are_measured_data(tmp_path: Path) -> None:
     write_pictures(tmp_path, 2)
     np.save(tmp_path / "features.npy", np.zeros((8, 8, 5), np.float32))
