@@ -47,8 +47,15 @@ def class_numbers(
     then the numbering, as torchvision's ImageFolder, with which such models were trained, has it.
 
     Raises:
-        ConfigError: no labels, folders that are no class of the model's, or classes that cannot be told.
+        ConfigError: a single class, no labels, folders that are no class of the model's, or classes that cannot be
+            told. DataError: labels that are no class's.
     """
+    if num_classes == 1:
+        called = f" class folder ({names[0]})" if names else " class"
+        raise ConfigError(
+            f"there is only one{called} to train on, and nothing to tell it from; data.train needs a folder of images "
+            "for each of two or more classes"
+        )
     labels, folders = source.labels, source.classes
     if labels is None:
         raise ConfigError(f"{key} has no labels; give a folder of images for each class (or data that hold labels)")
@@ -81,7 +88,7 @@ def _unknown_message(
     ]
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     guess = nearest(str(targets[unknown[0]]), numbers)
-    hint = f"; is {called[0]} {guess}?" if guess else ""
+    hint = f"; is {called[0]} {guess}?" if guess else "."
     return (
         f"{key} has classes that the model does not know: {', '.join(called)}{more}{hint} Say which they are in "
         'data.class_map=FILE.json ({"folder": "class"}), or leave them out'

@@ -44,7 +44,7 @@ def matching_labels(train: Source, val: Source, *, keys: tuple[str, str]) -> tup
         keys: what the two were given as, for the message.
 
     Raises:
-        ConfigError: images without labels, or classes that only ``val`` has.
+        ConfigError: images without labels, a single class, or classes that only ``val`` has.
     """
     for key, source in zip(keys, (train, val), strict=True):
         if source.labels is None:
@@ -53,6 +53,10 @@ def matching_labels(train: Source, val: Source, *, keys: tuple[str, str]) -> tup
                 "labels)"
             )
     assert train.labels is not None and val.labels is not None
+    if train.classes is not None and len(train.classes) == 1:
+        raise ConfigError(
+            f"{keys[0]} has only one class folder ({train.classes[0]}); a folder of images for each class is needed"
+        )
     if train.classes is None or val.classes is None:  # numbers without names: the same numbers mean the same
         return train.labels, val.labels
     numbers = {name: number for number, name in enumerate(train.classes)}

@@ -17,6 +17,7 @@ import numpy as np
 
 from mae_transfer.data import scan
 from mae_transfer.data.decode import is_picture
+from mae_transfer.data.labels import check_labels
 from mae_transfer.data.names import Names, Parts
 from mae_transfer.data.source import Source
 from mae_transfer.errors import DataError
@@ -80,6 +81,10 @@ class TarShards(Source):
         shard, member = self._parts.locate(index)
         return f"{self.shards[shard]}::{self._indices[shard].names[member]}"
 
+    def place(self, index: int) -> tuple[str, int]:
+        shard, member = self._parts.locate(index)
+        return str(self.shards[shard]), member
+
     def encoded(self, index: int) -> bytes:
         shard, member = self._parts.locate(index)
         part = self._indices[shard]
@@ -116,7 +121,7 @@ class TarShards(Source):
     @property
     def labels(self) -> np.ndarray | None:
         labels = np.concatenate([index.labels for index in self._indices])
-        return None if (labels == _NO_LABEL).any() else labels
+        return None if (labels == _NO_LABEL).any() else check_labels(labels, None, self.name)
 
 
 def index_shards(shards: Sequence[Path], endings: Sequence[str], *, cache: Path | None) -> list[ShardIndex]:

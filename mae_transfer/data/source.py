@@ -18,6 +18,7 @@ import numpy as np
 
 from mae_transfer.data import scan
 from mae_transfer.data.decode import Picture, Pixels, is_picture, open_array, open_picture
+from mae_transfer.data.labels import check_class_folders
 from mae_transfer.data.names import Names, Parts
 from mae_transfer.errors import DataError
 
@@ -42,6 +43,10 @@ class Source(ABC):
         """What to call an image in a message: where a person finds it."""
 
     @abstractmethod
+    def place(self, index: int) -> tuple[str, int]:
+        """The file that an image is in, as its path was given, and which of those in there it is."""
+
+    @abstractmethod
     def encoded(self, index: int) -> bytes:
         """The bytes of the image's file. Raises DataError when they cannot be read."""
 
@@ -56,7 +61,7 @@ class Source(ABC):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """(N,) int64, or None where the data have none."""
+        """(N,) int64, each the number of a class; or None where the data have none. Raises DataError for others."""
         return None
 
     @property
@@ -79,7 +84,7 @@ def scan_folders(roots: Sequence[str | Path]) -> list[Path]:
 def check_roots(roots: Sequence[str | Path]) -> list[Path]:
     """Raises DataError unless every root is a folder, and there is one."""
     if not roots:
-        raise DataError("no image folder given; set data.path=FOLDER")
+        raise DataError("no image folder given; name the folder that holds the images")
     for root in map(Path, roots):
         if not root.exists():
             raise DataError(f"image folder {root} does not exist")
@@ -128,7 +133,7 @@ class ImageFolder(Source):
     no image files, so that arrays that lie beside images do not become samples.
 
     Labels are those of torchvision's ImageFolder: the folders directly below the roots, sorted by name. There are none
-    where images lie in a root itself or all in one such folder.
+    where images lie in a root itself; one folder is one class.
     """
 
     def __init__(
@@ -152,6 +157,9 @@ class ImageFolder(Source):
     def name(self, index: int) -> str:
         return self.paths.text(index)
 
+    def place(self, index: int) -> tuple[str, int]:
+        return self.paths.text(index), 0
+
     def encoded(self, index: int) -> bytes:
         return read_file(self.paths.text(index))
 
@@ -174,9 +182,10 @@ class ImageFolder(Source):
     @cached_property
     def _classes(self) -> tuple[list[str], np.ndarray] | None:
         folders = [name.partition(os.sep) for part in self.paths.names for name in part]
-        classes = sorted({folder for folder, _, _ in folders})
-        if len(classes) < 2 or not all(separator for _, separator, _ in folders):
+        if not all(separator for _, separator, _ in folders):
             return None
+        classes = sorted({folder for folder, _, _ in folders})
+        check_class_folders(self.paths.roots, classes)
         numbers = {name: number for number, name in enumerate(classes)}
         return classes, np.array([numbers[folder] for folder, _, _ in folders], np.int64)
 
@@ -204,6 +213,9 @@ class Subset(Source):
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def place(self, index: int) -> tuple[str, int]:
+        return self.source.place(int(self.indices[index]))
 
     def encoded(self, index: int) -> bytes:
         return self.source.encoded(int(self.indices[index]))
@@ -266,6 +278,9 @@ class CachedImages(Source):
 
     def name(self, index: int) -> str:
         return self.source.name(index)
+
+    def place(self, index: int) -> tuple[str, int]:
+        return self.source.place(index)
 
     def encoded(self, index: int) -> bytes:
         return self.source.encoded(index)

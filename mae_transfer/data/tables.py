@@ -7,13 +7,14 @@ import os
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mae_transfer.data.labels import check_labels
 from mae_transfer.data.names import Parts
 from mae_transfer.data.source import Source, read_file
 from mae_transfer.errors import DataError, require
@@ -45,6 +46,10 @@ class _Table(Source):
     def _value(self, index: int) -> tuple[Path, Any]:
         """The file that a row is in, and its image: bytes, or {bytes, path}."""
 
+    def name(self, index: int) -> str:
+        file, row = self.place(index)
+        return f"{file}#{row}"
+
     def encoded(self, index: int) -> bytes:
         file, value = self._value(index)
         if isinstance(value, dict):
@@ -57,11 +62,11 @@ class _Table(Source):
 
     @abstractmethod
     def _column(self, name: str) -> np.ndarray:
-        """All values of a column of whole numbers."""
+        """All values of a column of whole numbers, int64; −1 where a row has none."""
 
     @cached_property
     def _labels(self) -> np.ndarray | None:
-        return None if self._label is None else self._column(self._label)
+        return None if self._label is None else check_labels(self._column(self._label), self.classes, self.name)
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -122,10 +127,10 @@ class ParquetImages(_Table):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def name(self, index: int) -> str:
+    def place(self, index: int) -> tuple[str, int]:
         group, row = self._parts.locate(index)
         number, _, first = self._groups[group]
-        return f"{self.files[number]}#{first + row}"
+        return str(self.files[number]), first + row
 
     def _value(self, index: int) -> tuple[Path, Any]:
         group, row = self._parts.locate(index)
@@ -150,8 +155,7 @@ class ParquetImages(_Table):
         return images
 
     def _column(self, name: str) -> np.ndarray:
-        columns = [self._parquet.read_table(file, columns=[name]).column(name).to_numpy() for file in self.files]
-        return np.concatenate(columns).astype(np.int64)
+        return _whole_numbers(self._parquet.read_table(file, columns=[name]).column(name) for file in self.files)
 
 
 class ArrowImages(_Table):
@@ -195,16 +199,21 @@ class ArrowImages(_Table):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def name(self, index: int) -> str:
+    def place(self, index: int) -> tuple[str, int]:
         file, row = self._parts.locate(index)
-        return f"{self.files[file]}#{row}"
+        return str(self.files[file]), row
 
     def _value(self, index: int) -> tuple[Path, Any]:
         file, row = self._parts.locate(index)
         return self.files[file], self._tables[file].column(self._image)[row].as_py()
 
     def _column(self, name: str) -> np.ndarray:
-        return np.concatenate([table.column(name).to_numpy() for table in self._tables]).astype(np.int64)
+        return _whole_numbers(table.column(name) for table in self._tables)
+
+
+def _whole_numbers(columns: Iterable[Any]) -> np.ndarray:
+    """Arrow columns one after the other, int64; −1 for null."""
+    return np.concatenate([column.cast("int64").fill_null(-1).to_numpy() for column in columns])
 
 
 def saved_files(folder: Path) -> list[Path]:

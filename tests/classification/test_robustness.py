@@ -13,12 +13,13 @@ from PIL import Image
 from mae_transfer.classification.evaluate import predict
 from mae_transfer.classification.labels import class_numbers, read_class_map
 from mae_transfer.classification.model import LoadedClassifier
+from mae_transfer.classification.objective import ClassificationRun
 from mae_transfer.classification.robustness import evaluate_folders, known_classes, result_table
 from mae_transfer.classification.setting import Setting
 from mae_transfer.data.find import open_source
 from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.precision import Precision
-from mae_transfer.errors import ConfigError
+from mae_transfer.errors import ConfigError, DataError
 from tests.classification.small import small_classifier, small_config, small_info, write_classes
 
 ALONE = Processes(device=torch.device("cpu"))
@@ -94,12 +95,32 @@ def test_folders_may_be_called_otherwise(part: Path, tmp_path: Path) -> None:
     assert labels.tolist() == [2] * 6 + [1] * 6  # crane, heron
     numbered = class_numbers(source, None, num_classes=4, renamed={"heron": 3, "crane": 3}, key="data.val")
     assert numbered.tolist() == [3] * 12
-    with pytest.raises(ConfigError, match=r"does not know: crane, heron Say which they are in data\.class_map"):
+    with pytest.raises(ConfigError, match=r"does not know: crane, heron\. Say which they are in data\.class_map"):
         class_numbers(source, NAMES, num_classes=4, renamed={}, key="data.val")
     with pytest.raises(ConfigError, match=r"heron \(class-7\); is heron \(class-7\) class-\d\?"):
         class_numbers(source, NAMES, num_classes=4, renamed={"heron": "class-7", "crane": 0}, key="data.val")
     with pytest.raises(ConfigError, match="does not know: heron"):
         class_numbers(source, NAMES, num_classes=4, renamed={"heron": 4, "crane": 0}, key="data.val")
+
+
+def test_a_folder_of_one_class_is_judged_and_not_trained_on(whole: Path, tmp_path: Path) -> None:
+    write_classes(tmp_path, classes=1, first=2)
+    (result,) = evaluate_folders(small_config(val=str(tmp_path)), loaded(), ALONE)
+    assert result.classes == 1 and set(result.predictions.labels.tolist()) == {2}
+    assert result.among is not None and result.among.top(1) == 100
+    (tmp_path / "class-2").rename(tmp_path / "heron")
+    source = open_source([tmp_path])
+    renamed = class_numbers(source, NAMES, num_classes=4, renamed={"heron": "class-3"}, key="data.val")
+    assert renamed.tolist() == [3] * 6
+    with pytest.raises(ConfigError, match=r"only one class folder \(heron\) to train on.*two or more classes"):
+        ClassificationRun(small_config(tmp_path, str(whole)), ALONE)
+
+
+def test_a_folder_that_does_not_exist_is_named_with_its_setting(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.val: image folder .*absent does not exist"):
+        evaluate_folders(small_config(val=str(tmp_path / "absent")), loaded(), ALONE)
+    with pytest.raises(DataError, match=r"data\.train: image folder .*absent does not exist"):
+        known_classes(loaded(None), small_config(tmp_path / "absent", str(tmp_path)).data)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", '{"a": null}', "{", None])

@@ -70,8 +70,10 @@ def test_labels_are_the_folders_below_the_roots(tmp_path: Path) -> None:
     assert [source.classes[label] for label in source.labels] == ["cat", "dog", "dog", "cat", "cat", "owl"]
     cached = CachedImages(source, limit_bytes=2**20)
     assert cached.classes == source.classes and cached.labels is source.labels
-    # One folder is no classes, and neither are images outside of any.
-    assert ImageFolder([tmp_path / "a" / "cat"]).labels is None
+    # Images outside of any folder are of no class; a single folder is one.
+    assert ImageFolder([tmp_path / "b" / "cat"]).labels is None
+    one = ImageFolder([tmp_path / "a" / "cat"])
+    assert one.classes == ["deep"] and one.labels is not None and one.labels.tolist() == [0]
     write_pictures(tmp_path / "a", 1)
     assert ImageFolder([tmp_path / "a"]).labels is None
 
