@@ -10,7 +10,8 @@ Shapes: n images asked about, N training images, D width, c classes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from mae_transfer.classification.features import encode
 from mae_transfer.classification.metrics import Collector, Predictions
 from mae_transfer.classification.setting import Setting
+from mae_transfer.data.source import Source
 from mae_transfer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -126,9 +128,21 @@ def run_knn(run: ClassificationRun) -> tuple[dict[str, float], Predictions]:
 def _own_numbers(run: ClassificationRun, rows: np.ndarray) -> Tensor | None:
     """For each image of ``data.val`` its place among the training images ``rows``, −1 where it is none of them; None
     where none is."""
-    places = {run.source.name(int(row)): place for place, row in enumerate(rows)}
-    own = [places.get(run.val_source.name(index), -1) for index in range(len(run.val_source))]
+    places = {file: place for place, file in enumerate(real_places(run.source, rows.tolist()))}
+    own = [places.get(file, -1) for file in real_places(run.val_source, range(len(run.val_source)))]
     if max(own) < 0:
         return None
     logger.info("%d images of data.val are training images too; none is asked about itself", sum(i >= 0 for i in own))
     return torch.tensor(own)
+
+
+def real_places(source: Source, indices: Iterable[int]) -> Iterator[tuple[str, int]]:
+    """``Source.place`` of images, the same however the path is spelt, through links or from another folder."""
+    folders: dict[str, str] = {}
+    for index in indices:
+        path, number = source.place(index)
+        folder, name = os.path.split(path)
+        if folder not in folders:  # once a folder: its images are many
+            folders[folder] = os.path.realpath(folder)
+        path = os.path.join(folders[folder], name)  # noqa: PTH118 - once an image, and ten times as fast
+        yield os.path.realpath(path) if os.path.islink(path) else path, number  # noqa: PTH114

@@ -73,14 +73,21 @@ def readable_batches(setting: Setting, source: Source, what: str) -> Iterator[Ev
     """This process's share of the images of ``source``; what cannot be read is named in a warning and marked.
 
     Raises:
-        RunFailed: more unreadable images than ``data.max_unreadable`` allows.
+        RunFailed: more unreadable images than ``data.max_unreadable`` allows, in all processes together. One that is
+            alone stops there; of several each goes on to the end, where all learn of it.
     """
-    data = setting.data
+    data, processes = setting.data, setting.processes
     images = EvaluationImages(source, size=data.size, crop=data.crop_share)
     count = UnreadableCount(num_samples=len(source), limit=data.max_unreadable)
-    for batch in evaluation_batches(images, setting.processes, workers=data.workers):
-        for reason in (reason for index, reason in batch.unreadable.items() if index not in count.seen):
-            logger.warning("%s; it is left out of %s", reason, what)
-        count.merge(batch.unreadable)
-        count.check()
+    unreadable = torch.zeros(len(source), dtype=torch.uint8)
+    for batch in evaluation_batches(images, processes, workers=data.workers):
+        if batch.counts and batch.unreadable:
+            for reason in batch.unreadable.values():
+                logger.warning("%s; it is left out of %s", reason, what)
+            unreadable[list(batch.unreadable)] = 1
+            count.merge(batch.unreadable)
+            if not processes.is_distributed:
+                count.check()
         yield batch
+    count.merge(processes.sum(unreadable).nonzero()[:, 0].tolist())
+    count.check()

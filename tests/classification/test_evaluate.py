@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,6 +177,26 @@ def test_unreadable_images_are_named_left_out_and_counted(
         predict(Setting.of(strict), strict.val_source, strict.val_labels)
 
 
+@pytest.mark.parametrize(("limit", "refused"), [(0.15, True), (0.2, False)])
+@pytest.mark.parametrize("encoding", [False, True])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_limit_of_unreadable_images_is_that_of_all_processes_together(
+    train: Path, tmp_path: Path, world_size: int, encoding: bool, limit: float, refused: bool
+) -> None:
+    val = write_classes(tmp_path, images=5, seed=1)
+    for number in range(4):
+        (val / f"class-{number}" / "3.png").write_bytes(b"no picture")
+    for processes in processes_of(world_size):
+        run = a_run(train, val, processes, data={"max_unreadable": limit})
+        # None of three has seen more than the limit itself; here, where they take their turns, the last learns of all.
+        last = processes.rank == world_size - 1
+        with pytest.raises(RunFailed, match="4 of 20 images") if refused and last else nullcontext():
+            if encoding:
+                encode(Setting.of(run), run.val_source, "data.val")
+            else:
+                predict(Setting.of(run), run.val_source, run.val_labels)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_features_of_all_images(train: Path, val: Path, world_size: int) -> None:
     for processes in processes_of(world_size):
@@ -217,3 +238,22 @@ def test_an_image_that_is_in_both_sets_is_not_asked_about_itself(train: Path) ->
     unit = torch.nn.functional.normalize(features)
     similar = (unit @ unit.T).fill_diagonal_(-1)
     assert np.array_equal(found.predicted, labels[similar.argmax(1)].numpy())
+
+
+@pytest.mark.parametrize("spelling", ["relative", "link to a folder", "links to files"])
+def test_such_an_image_is_known_however_its_path_is_spelt(
+    train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    expected = run_knn(a_run(train, train, Processes(device=CPU), protocol="knn", knn=KnnConfig(k=[1])))[0]
+    val = tmp_path / "val"
+    if spelling == "relative":
+        monkeypatch.chdir(train.parent)
+        val = Path(train.name)
+    elif spelling == "link to a folder":
+        val.symlink_to(train)
+    else:
+        for path in train.glob("*/*.png"):
+            (val / path.parent.name).mkdir(parents=True, exist_ok=True)
+            (val / path.parent.name / path.name).symlink_to(path)
+    run = a_run(train, val, Processes(device=CPU), protocol="knn", knn=KnnConfig(k=[1]))
+    assert run_knn(run)[0] == expected and expected["val_top1"] < 100

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from mae_transfer.classification import knn
-from mae_transfer.classification.knn import knn_scores
+from mae_transfer.classification.knn import knn_scores, real_places
+from mae_transfer.data.find import open_source
 from mae_transfer.errors import ConfigError
+from tests.data.test_shards import samples, write_shard
+from tests.data.test_tables import table
 
 
 def data(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -52,6 +58,19 @@ def test_no_image_is_asked_about_itself() -> None:
         others = torch.arange(80) != (i if i % 2 else -1)
         expected = votes(train[i : i + 1], 5, train_features=train[others], train_labels=labels[others], num_classes=6)
         torch.testing.assert_close(ours[i : i + 1], expected)
+
+
+def test_places_in_shards_and_tables_do_not_depend_on_the_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "data" / "0.tar", samples(0, 3))
+    pq.write_table(table(0, 3), tmp_path / "data" / "t.parquet", row_group_size=2)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    for name in ("0.tar", "t.parquet"):
+        expected = [(str((tmp_path / "data" / name).resolve()), number) for number in range(3)]
+        for folder in (tmp_path / "data", tmp_path / "link", Path("data"), Path("link/../data")):
+            assert list(real_places(open_source([folder / name]), range(3))) == expected
 
 
 def test_classes_without_a_vote_have_no_score_and_impossible_k_are_refused() -> None:
