@@ -129,7 +129,8 @@ def infer_info(
 ) -> EncoderInfo:
     """Read the architecture off the tensors of a file that carries no metadata, in our key names.
 
-    Heads cannot be read off; they follow from the width (64 wide a head but for published sizes such as huge, 80).
+    Heads are read off tables of relative positions; without, they follow from the width (64 wide a head but for
+    published sizes such as huge, 80).
     The image is taken to be square, and the normalisation to be ImageNet's, as for every published MAE.
 
     Args:
@@ -158,11 +159,10 @@ def infer_info(
     if "image_size" not in known or "pos_embed" in tensors:
         known["image_size"] = _image_size(tensors["pos_embed"], (p_h, p_w), known.get("image_size"), source)
     grid = known["image_size"][0] // p_h, known["image_size"][1] // p_w
-    num_heads = _HEADS.get(width, max(1, width // 64))
     read_off: dict[str, Any] = {
         "width": width,
         "depth": 1 + max(int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))),
-        "num_heads": num_heads,
+        "num_heads": _num_heads(tensors, width),
         "patch_size": (p_h, p_w),
         "channels": channels,
         "mlp_ratio": tensors["blocks.0.mlp.fc2.weight"].shape[1] / width,
@@ -178,6 +178,17 @@ def infer_info(
     if channels != 3:
         known |= {"mean": (0.0,) * channels, "std": (1.0,) * channels}
     return EncoderInfo(**{**read_off, **known, "family": family})
+
+
+def _num_heads(tensors: Mapping[str, Tensor], width: int) -> int:
+    decomposed, biases = (
+        tensors.get(f"blocks.0.attn.{name}") for name in ("rel_pos_h", "relative_position_bias_table")
+    )
+    if decomposed is not None and decomposed.ndim == 2 and decomposed.shape[1]:
+        return max(1, width // decomposed.shape[1])  # a column for each channel of a head
+    if biases is not None and biases.ndim == 2:
+        return max(1, biases.shape[1])
+    return _HEADS.get(width, max(1, width // 64))
 
 
 def _image_size(table: Tensor, patch: tuple[int, int], said: tuple[int, int] | None, source: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from mae_transfer.checkpoint import families, formats, hub
 from mae_transfer.checkpoint.build import empty_encoder
+from mae_transfer.checkpoint.families.plain import is_moco_v3
 from mae_transfer.checkpoint.files import read_safetensors, read_torch
 from mae_transfer.checkpoint.info import EncoderInfo, infer_info
+from mae_transfer.checkpoint.names import summarise
 from mae_transfer.checkpoint.pickles import read_pickle
 from mae_transfer.checkpoint.sharded import is_sharded, read_facts, read_shards
 from mae_transfer.errors import CheckpointError, ConfigError
@@ -22,6 +25,10 @@ from mae_transfer.errors import CheckpointError, ConfigError
 HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
 # The state dict of a training checkpoint hides below one of these.
 _NESTS = ("model", "state_dict", "model_state", "module", "teacher", "student")
+
+_OF_A_BLOCK = re.compile(r"(^|\.)(blocks|layers?)\.\d+\.")
+# Where a tensor that the encoder here has no place for changes its features.
+_OF_AN_ENCODER = re.compile(r"^(patch_embed|blocks|norm|norm_pre|rope|rel_pos_bias|pos_embed\w*|cls_token\w*)(\.|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +100,14 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         else:
             outside[name] = tensor
     config = read_config(path)
-    if config.get("hidden_act", "gelu") not in ("gelu", "silu"):  # DINOv3's gated MLP has the latter
-        raise CheckpointError(
-            f"{path}: the config.json beside it says hidden_act {config['hidden_act']!r}; the encoder here has 'gelu'"
-        )
     converted = family.convert(families.Raw(path=path, tensors=own, prefix=prefix, outside=outside, config=config))
+    _check_activation(config, converted, path)
+    strange = [name for name in converted.left_out if name in own and _OF_A_BLOCK.search(name)]
+    if strange:
+        raise CheckpointError(
+            f"{path} looks like {family.title}, but its blocks have {summarise(strange)}, of a variant that is not "
+            "known here"
+        )
     around = _by_surroundings(prefix, outside) if family.name == "vit" else None
     name, license = around or (family.name, family.license)
     facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license}
@@ -106,6 +116,8 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     if name == "vit" and info.positions == "sincos":
         # MAE's encoder alone has timm's names; of the families in these, it alone has this fixed table.
         info = replace(info, family="mae", license="cc-by-nc-4.0")
+    elif name == "vit" and is_moco_v3(converted.tensors, prefix):
+        info = replace(info, family="moco-v3", license="cc-by-nc-4.0")
     return Checkpoint(
         path=path,
         family=info.family,
@@ -114,6 +126,17 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         has_metadata="image_mean" in config,
         left_out=converted.left_out,
     )
+
+
+def _check_activation(config: Mapping[str, Any], converted: families.Converted, path: Path) -> None:
+    """Raises CheckpointError where ``config.json`` names another activation than the encoder has: GELU, and SiLU in
+    a gated MLP."""
+    said = config.get("hidden_act", "gelu")
+    if said != "gelu" and not (said == "silu" and converted.fields.get("ffn") == "swiglu"):
+        raise CheckpointError(
+            f"{path}: the config.json beside it says hidden_act {said!r}; the encoder here has 'gelu' in a plain MLP, "
+            "'silu' in a gated one"
+        )
 
 
 def _by_surroundings(prefix: str, outside: Iterable[str]) -> tuple[str, str] | None:
@@ -137,6 +160,7 @@ def _read_hosted(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         raise _unknown(path, tensors)
     family = around[0]
     info = infer_info(below, family=family, source=str(path), fields={"source": path.name})
+    check_complete(below, info, path, f"an encoder inside {family}")
     return Checkpoint(path=path, family=family, tensors=below, info=info, has_metadata=False, left_out=left_out)
 
 
@@ -176,7 +200,7 @@ def check_complete(tensors: Mapping[str, Tensor], info: EncoderInfo, path: Path,
     except ConfigError as error:
         raise CheckpointError(f"{path} looks like {title}, but its numbers do not go together: {error}") from error
     missing = [name for name in wanted if name not in tensors]
-    besides = [name for name in tensors if name.startswith("blocks.") and name not in wanted]
+    besides = [name for name in tensors if _OF_AN_ENCODER.match(name) and name not in wanted]
     shapes = [
         f"{name} is {tuple(tensors[name].shape)}, expected {shape}"
         for name, shape in wanted.items()

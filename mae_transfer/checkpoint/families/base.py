@@ -166,6 +166,15 @@ def join_qkv(tensors: Tensors, prefix: str, path: Path) -> Tensors:
     return result
 
 
+def join_biases(tensors: Tensors, path: Path) -> None:
+    """``q_bias`` and ``v_bias`` of every attention as the bias of its ``qkv``, zeros between them, in place."""
+    for name in [name for name in tensors if name.endswith(".q_bias")]:
+        attention = name.removesuffix("q_bias")
+        query, value = tensors.pop(name), need(tensors, f"{attention}v_bias", path)
+        del tensors[f"{attention}v_bias"]
+        tensors[f"{attention}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+
+
 def with_cls_row(pos_embed: Tensor) -> Tensor:
     """A table of patches alone (1, L, D), with the row of zeros that ours has first: (1, 1 + L, D)."""
     return torch.cat([torch.zeros_like(pos_embed[:, :1]), pos_embed], dim=1)

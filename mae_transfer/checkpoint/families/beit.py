@@ -13,6 +13,8 @@ from mae_transfer.checkpoint.families.base import (
     Family,
     Raw,
     config_fields,
+    has_norm,
+    join_biases,
     join_qkv,
     need,
     rename,
@@ -61,11 +63,7 @@ _HUGGINGFACE = [
 def convert_official(raw: Raw) -> Converted:
     """``q_bias`` and ``v_bias`` with zeros between them; one table a block."""
     tensors, left_out = rename(raw.tensors, _OFFICIAL)
-    for name in [name for name in tensors if name.endswith(".q_bias")]:
-        attention = name.removesuffix("q_bias")
-        query, value = tensors.pop(name), need(tensors, f"{attention}v_bias", raw.path)
-        del tensors[f"{attention}v_bias"]
-        tensors[f"{attention}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+    join_biases(tensors, raw.path)
     return _finish(raw, tensors, left_out)
 
 
@@ -90,7 +88,7 @@ def _finish(raw: Raw, tensors: dict[str, torch.Tensor], left_out: list[str]) -> 
         "relative_position": "bias",
         "layer_scale": any(name.endswith("ls1.gamma") for name in tensors),
         "absolute_positions": "pos_embed" in tensors,
-        "final_norm": "norm.weight" in tensors,  # fine-tuned ones have fc_norm in its place
+        "final_norm": has_norm(tensors),  # fine-tuned ones have fc_norm in its place
     }
     return Converted(tensors=tensors, fields=fields, left_out=left_out)
 

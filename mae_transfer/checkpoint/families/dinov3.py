@@ -6,7 +6,18 @@ import re
 
 import torch
 
-from mae_transfer.checkpoint.families.base import Converted, Family, Raw, Tensors, config_fields, join_qkv, need, rename
+from mae_transfer.checkpoint.families.base import (
+    Converted,
+    Family,
+    Raw,
+    Tensors,
+    config_fields,
+    has_norm,
+    join_biases,
+    join_qkv,
+    need,
+    rename,
+)
 from mae_transfer.checkpoint.families.plain import ANCHOR
 from mae_transfer.errors import CheckpointError
 
@@ -19,6 +30,7 @@ _PLAIN = [  # official and timm's
     (rf"(patch_embed\.proj)\.{_P}", r"\1.\2"),
     (rf"(blocks\.\d+\.(?:norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))\.{_P}", r"\1.\2"),
     (r"(blocks\.\d+\.attn\.qkv)\.bias_mask", r"\1.bias_mask"),
+    (r"(blocks\.\d+\.attn\.[qv]_bias)", r"\1"),
     (rf"(blocks\.\d+\.mlp)\.(?:w1|fc1_g)\.{_P}", r"\1.gate.\2"),
     (rf"(blocks\.\d+\.mlp)\.(?:w2|fc1_x)\.{_P}", r"\1.up.\2"),
     (rf"(blocks\.\d+\.mlp)\.w3\.{_P}", r"\1.fc2.\2"),
@@ -46,6 +58,7 @@ _HUGGINGFACE = [
 def convert_plain(raw: Raw) -> Converted:
     """Official and timm's names."""
     tensors, left_out = rename(raw.tensors, _PLAIN)
+    join_biases(tensors, raw.path)
     for name in [name for name in tensors if name.endswith(".qkv.weight")]:
         bias = name.removesuffix("weight") + "bias"
         rows = tensors[name].shape[0]
@@ -106,7 +119,7 @@ def _finish(raw: Raw, tensors: Tensors, left_out: list[str]) -> Converted:
         "rope_base": ROPE_BASE,
         "layer_scale": any(name.endswith("ls1.gamma") for name in tensors),
         "ffn": ffn,
-        "final_norm": "norm.weight" in tensors,
+        "final_norm": has_norm(tensors),
     }
     return Converted(tensors=tensors, fields=fields, left_out=left_out)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+import torch
+
 from mae_transfer.checkpoint.families.base import (
     Converted,
     Family,
@@ -17,6 +19,7 @@ from mae_transfer.checkpoint.families.base import (
     with_cls_row,
 )
 from mae_transfer.errors import CheckpointError
+from mae_transfer.position import sincos_2d
 
 ANCHOR = "patch_embed.proj.weight"
 # Of other models in these names, whose blocks compute something else.
@@ -62,14 +65,27 @@ def convert_plain(raw: Raw) -> Converted:
     registers = register_tokens(tensors, raw.path)
     fields["num_registers"] = 0 if registers is None else registers.shape[1]
     fields["final_norm"] = has_norm(tensors)
-    if "base_encoder." in raw.prefix or "momentum_encoder." in raw.prefix:
-        fields |= _moco_v3(tensors)
+    if is_moco_v3(tensors, raw.prefix) and tensors[ANCHOR].shape[0] == 384:
+        fields["num_heads"] = 12  # its small model has heads of 32 (``vit_small`` of the released code), timm's of 64
     return Converted(tensors=tensors, fields=fields, left_out=list(raw.outside))
 
 
-def _moco_v3(tensors: Tensors) -> dict[str, object]:
-    """Its small model has twelve heads of 32 (``vit_small`` of the released code), timm's has six of 64."""
-    return {"num_heads": 12} if tensors["patch_embed.proj.weight"].shape[0] == 384 else {}
+def is_moco_v3(tensors: Tensors, prefix: str) -> bool:
+    """By what stands before the encoder in training, or by its fixed table: MAE's, the halves for rows and columns
+    swapped."""
+    if "base_encoder." in prefix or "momentum_encoder." in prefix:
+        return True
+    table = tensors.get("pos_embed")
+    if (
+        table is None
+        or table.ndim != 3
+        or table.shape[2] % 4
+        or math.isqrt(table.shape[1] - 1) ** 2 + 1 != table.shape[1]
+    ):
+        return False
+    side = math.isqrt(table.shape[1] - 1)
+    columns, rows = sincos_2d(table.shape[2], (side, side)).chunk(2, dim=2)
+    return torch.allclose(table.float(), torch.cat([rows, columns], dim=2), atol=1e-4)
 
 
 def _lay_out_positions(tensors: Tensors, raw: Raw) -> None:
@@ -78,7 +94,16 @@ def _lay_out_positions(tensors: Tensors, raw: Raw) -> None:
         raise CheckpointError(f"{raw.path}: pos_embed is {tuple(table.shape)}; expected (1, tokens, width)")
     if "dist_token" in raw.tensors:
         split_distillation(tensors, raw.path)
-    elif math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # no square is one more than another
+    elif math.isqrt(table.shape[1]) ** 2 == table.shape[1]:
+        # Of a square grid without a cls row, or of n - 1 by n + 1 patches with one: n² both.
+        certain = any(name == "register_tokens" or name.endswith("ls1.gamma") for name in tensors)
+        if not certain and not str(raw.config.get("architecture", "")).startswith("flexivit"):
+            side = math.isqrt(table.shape[1])
+            raise CheckpointError(
+                f"{raw.path}: pos_embed has {table.shape[1]} rows, which are {side}x{side} patches without a cls row "
+                f"(FlexiViT) or {side - 1}x{side + 1} patches with one; nothing in the file says which. Of timm's "
+                "models the config.json beside model.safetensors does, as does timm/NAME"
+            )
         tensors["pos_embed"] = with_cls_row(table)
 
 
