@@ -31,7 +31,12 @@ def run_parser(
         allow_abbrev=False,
     )
     result.add_argument("config", help=f"YAML file, such as {example}")
-    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="set a key of the config")
+    result.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="set a key of the config; section=null drops what the file says of a section",
+    )
     action = result.add_mutually_exclusive_group()
     action.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     action.add_argument(

@@ -47,7 +47,8 @@ def mapping_keys(schema: type) -> list[str]:
 
 
 def read_config(schema: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()) -> ConfigT:
-    """The config of ``schema`` with a YAML file over its defaults and ``a.b=value`` overrides over both.
+    """The config of ``schema`` with a YAML file over its defaults and ``a.b=value`` overrides over both; ``a=null``
+    drops what the file says of section ``a``.
 
     Raises:
         ConfigError: the file is missing or not a mapping; a key that does not exist (naming the nearest that does);
@@ -55,6 +56,11 @@ def read_config(schema: type[ConfigT], path: str | Path | None, overrides: Seque
     """
     from_file = _read_yaml(Path(path)) if path is not None else {}
     from_command_line = _parse_overrides(overrides)
+    for section in _sections(schema):
+        if f"{section}=null" in overrides:
+            from_file.pop(section, None)
+            if from_command_line[section] is None:  # no key of it follows
+                from_command_line.pop(section)
     for given, where in ((from_file, f"in {path}"), (from_command_line, "on the command line")):
         check_keys(given, schema)
         for pair in ALTERNATIVES:
@@ -108,7 +114,7 @@ def check_keys(given: Mapping[str, Any], schema: type) -> None:
     """Raises ConfigError for the first key, at any depth, that ``schema`` does not have."""
     valid = valid_keys(schema)
     open_ended = tuple(f"{key}." for key in mapping_keys(schema))
-    sections = {key.split(".")[0] for key in valid if "." in key}
+    sections = _sections(schema)
     for key, value in flatten(given).items():
         if key in sections:
             if value is None:  # "data:" with nothing below it
@@ -116,6 +122,10 @@ def check_keys(given: Mapping[str, Any], schema: type) -> None:
             raise ConfigError(f"{key} is a section; set one of its keys, such as {_first(valid, key)}=…")
         if key not in valid and not key.startswith(open_ended):
             raise unknown_key(key, valid)
+
+
+def _sections(schema: type) -> set[str]:
+    return {key.split(".")[0] for key in valid_keys(schema) if "." in key}
 
 
 def _first(valid: Sequence[str], section: str) -> str:

@@ -30,6 +30,23 @@ def test_file_over_defaults_and_command_line_over_file(tmp_path: Path) -> None:
     assert (config.optim.betas, config.optim.base_lr) == ([0.9, 0.99], 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "weight_decay", "base_lr"),
+    [
+        (["optim=null"], 0.05, 1.5e-4),
+        (["optim=null", "optim.base_lr=2"], 0.05, 2.0),
+        (["optim.base_lr=2", "optim=null"], 0.05, 1.5e-4),  # the last word
+        (["optim.base_lr=2"], 0.5, 2.0),
+    ],
+)
+def test_a_section_of_the_file_is_dropped(
+    overrides: list[str], weight_decay: float, base_lr: float, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "train:\n  epochs: 3\noptim:\n  base_lr: 1\n  weight_decay: 0.5\n")
+    config = read_config(Example, path, overrides)
+    assert (config.optim.weight_decay, config.optim.base_lr, config.train.epochs) == (weight_decay, base_lr, 3.0)
+
+
 def test_yaml_reads_back_equal(tmp_path: Path) -> None:
     config = read_config(Example, None, ["train.steps=7", "optim.clip_grad=1"])
     assert read_config(Example, write(tmp_path, to_yaml(config))) == config
