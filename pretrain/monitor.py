@@ -79,6 +79,8 @@ def _pictures(run: PretrainRun, source: Source, folder: RunFolder) -> Hook:
     batch = fixed_batch(source, indices=chosen, size=run.config.data.size, sampler=run.sampler, seed=seed)
 
     def reconstruct(step: int) -> Mapping[str, float]:
+        if run.processes.is_main:
+            folder.reconstructions.mkdir(parents=True, exist_ok=True)
         save_training_reconstructions(
             run.model,
             run.to_device(batch.images),

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from mae_transfer.checkpoint import describe
-from mae_transfer.checkpoint.lineage import lineage
 from mae_transfer.data.batches import open_images
 from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.objective import Objective, open_once
@@ -74,5 +73,5 @@ class PretrainRun(Objective[MaskedBatch]):
             positions=self.model.positions,
             cross_prediction_ratio=self.model.cross_prediction_ratio if self.model.decoder == "cross" else None,
             git_commit=git_commit(),
-            **lineage(self.config.init_checkpoint),
+            **self.lineage,
         ).to_metadata()

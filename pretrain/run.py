@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from mae_transfer.engine.distribution import Processes
+from mae_transfer.engine.distribution import Processes, is_restart
 from mae_transfer.engine.run import carry_out
-from mae_transfer.engine.run_folder import RunFolder
+from mae_transfer.engine.run_folder import RunFolder, run_before
 from pretrain.config import PretrainConfig
 from pretrain.load import load_initial_weights
 from pretrain.monitor import monitors
@@ -27,6 +27,8 @@ def pretrain(config: PretrainConfig, processes: Processes) -> str | None:
     """
     # First, as a mistake in config or data leaves no folder behind.
     run = PretrainRun(config, processes)
-    if config.init_checkpoint is not None:
+    # A run that goes on has its own weights, and the file may be gone.
+    goes_on = processes.on_main(lambda: run_before(config.run, restarted=is_restart()) is not None)
+    if config.init_checkpoint is not None and not goes_on:
         logger.info("%s", load_initial_weights(run.model, config.init_checkpoint))
     return carry_out(run, monitors(run, RunFolder(config.run.dir)), free=("probe.", "data.path", "data.val_path"))

@@ -6,7 +6,9 @@ A key that is null follows from the protocol, the model's size or the checkpoint
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from mae_transfer.checkpoint import EncoderInfo, read_checkpoint, vit_arguments
@@ -22,13 +24,17 @@ from mae_transfer.classification.sections import (
     PartialConfig,
     TrainConfig,
     check_choice,
+    check_used,
 )
 from mae_transfer.data.settings import check_whole_patches, pair
 from mae_transfer.engine.checkpoints import CheckpointConfig
+from mae_transfer.engine.config import read_config
 from mae_transfer.engine.optimizer import OptimConfig
-from mae_transfer.engine.run_folder import RunConfig
+from mae_transfer.engine.run_folder import RESUME_MODES, RunConfig
 from mae_transfer.errors import ConfigError
 from mae_transfer.sizes import SIZES, get_size
+
+logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("finetune", "partial", "linear", "knn")
 # Paper, Table 9 (fine-tuning) and Table 10 (linear probe). Fine-tuning's layer decay is the size's.
@@ -56,12 +62,14 @@ class ClassificationConfig:
 
     def __post_init__(self) -> None:
         check_choice("protocol", self.protocol, PROTOCOLS)
-        if self.partial.blocks is not None and self.protocol != "partial":
+        if self.protocol == "knn" and self.run.resume not in RESUME_MODES:
             raise ConfigError(
-                f"partial.blocks={self.partial.blocks} is for protocol=partial, and this is {self.protocol}"
+                f"run.resume={self.run.resume}: protocol=knn has no training state to go on from; use never, or auto "
+                "to do it again in its own folder"
             )
-        if self.protocol == "knn" and self.optim != OptimSection():
-            raise ConfigError("protocol=knn learns nothing; remove optim.*")
+        sections = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        name = self.optim.name or ("lars" if self.protocol == "linear" else "adamw")
+        check_used(self.protocol, name, sections, recipe=LINEAR_OPTIM if self.protocol == "linear" else FINETUNE_OPTIM)
 
     @property
     def trains_encoder(self) -> bool:
@@ -103,6 +111,26 @@ class ClassificationConfig:
         if self.init_checkpoint is None or (complete and self.data.own_statistics):
             return self.filled(None)
         return self.filled(read_checkpoint(self.init_checkpoint).info)
+
+    def resolved_as(self, before: Path) -> ClassificationConfig:
+        """``resolved`` for going on with the run that wrote its config to ``before``: what its ``init_checkpoint``
+        implied stands there, and the file itself is not needed. Whether it is the same run is not compared."""
+        try:
+            began = read_config(ClassificationConfig, before)
+        except ConfigError as error:
+            logger.warning("what init_checkpoint implies is read from it again: %s", error)
+            return self.resolved()
+        from_nothing = self.init_checkpoint is None and began.init_checkpoint is None
+        if from_nothing or began.data.channels != self.data.channels:
+            return self.resolved()
+        model, data = self.model, self.data
+        implied = ["pooled_norm"]
+        if model.size in (None, "custom"):
+            implied += ["size", "patch_size", "width", "depth", "num_heads"]
+        known = {key: getattr(began.model, key) for key in implied if getattr(model, key) in (None, "custom")}
+        model = replace(model, **known, architecture={**began.model.architecture, **model.architecture})
+        data = replace(data, mean=data.mean or began.data.mean, std=data.std or began.data.std)
+        return replace(self, model=model, data=data).filled(None)
 
     def filled(self, info: EncoderInfo | None) -> ClassificationConfig:
         """``resolved`` with what the checkpoint says, where there is one."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -261,4 +263,68 @@ class TrainConfig(EngineTrainConfig):
 class LogConfig(EngineLogConfig):
     """What is recorded along the way, and how often."""
 
-    evaluate_every_epochs: float = 1.0  # accuracy on data.val; 0: at the end only
+    # Accuracy on data.val; 0: at the end only. However short an epoch is, not before as many images were trained on as
+    # data.val has, so that testing takes less time than training; a linear probe is tested as often as this says.
+    evaluate_every_epochs: float = 1.0
+
+
+# What a protocol does not do, and the keys that would say how; a section's name stands for all of it.
+_UNUSED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "finetune": ("trains everything and asks no neighbours", ("partial", "knn")),
+    "partial": ("asks no neighbours", ("knn",)),
+    "linear": (
+        "trains a head on an encoder that stays as it is",
+        ("partial", "knn", "model.drop_path", "optim.layer_decay"),
+    ),
+    "knn": (
+        "trains nothing",
+        ("partial", "augment", "optim", "model.drop_path", "data.crop_scale", "data.repeats")
+        + ("train.epochs", "train.steps", "train.ema"),
+    ),
+}
+
+
+def check_used(protocol: str, optimizer: str, sections: Mapping[str, Any], *, recipe: OptimConfig) -> None:
+    """Raises ConfigError for keys that ``protocol``, or its ``optimizer``, would not look at: they stand at their
+    defaults, or at what a resolved config has for them.
+
+    Args:
+        sections: of the config, by name.
+        recipe: the protocol's optimiser.
+    """
+    why, unused = _UNUSED[protocol]
+    implied = {"model.drop_path": 0.0, "optim.layer_decay": 1.0}
+    implied |= {f"augment.{key}": value for key, value in dataclasses.asdict(_NOTHING).items()}
+    wrong = _given(unused, sections, implied)
+    if not wrong and protocol != "knn":
+        key = "optim.betas" if optimizer == "lars" else "optim.momentum"
+        why = f"trains with {optimizer}, which has no {key.removeprefix('optim.')}"
+        wrong = _given([key], sections, {"optim.betas": recipe.betas, "optim.momentum": recipe.momentum})
+    if not wrong:
+        return
+    given = ", ".join(f"{key}={_spelt(value)}" for key, (value, _) in wrong.items())
+    whole = {key.split(".")[0] for key in wrong} & set(unused)  # sections without any key that is looked at
+    undo = [f"{section}=null" for section in sorted(whole)]
+    undo += [f"{key}={_spelt(default)}" for key, (_, default) in wrong.items() if key.split(".")[0] not in whole]
+    raise ConfigError(
+        f"protocol={protocol} {why}, and would not look at {given}; leave that out of the config file, or say on the "
+        f"command line: {' '.join(undo)}"
+    )
+
+
+def _given(keys: Sequence[str], sections: Mapping[str, Any], implied: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Those of ``keys`` that stand at neither their default nor at what is ``implied``: their value and default."""
+    found = {}
+    for key in keys:
+        section, _, leaf = key.partition(".")
+        plain = type(sections[section])()
+        for name in [leaf] if leaf else [part.name for part in dataclasses.fields(plain)]:
+            value, default = getattr(sections[section], name), getattr(plain, name)
+            if value not in (default, implied.get(f"{section}.{name}", default)):
+                found[f"{section}.{name}"] = (value, default)
+    return found
+
+
+def _spelt(value: Any) -> str:
+    """As the command line takes it."""
+    return str(value) if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -7,7 +7,7 @@ trainer; a subclass brings the model, the loss and what a batch holds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from mae_transfer.checkpoint import encoder_state
+from mae_transfer.checkpoint.lineage import lineage
 from mae_transfer.data.batches import Batch, KeyedBatches, UnreadableCount, batch_stream
 from mae_transfer.data.sampler import StepSampler, num_steps
 from mae_transfer.data.settings import ImagesConfig
 from mae_transfer.data.source import Source
 from mae_transfer.data.transforms import normalise
 from mae_transfer.engine.allocator import keep_freed_memory
-from mae_transfer.engine.checkpoints import CheckpointConfig
+from mae_transfer.engine.checkpoints import CheckpointConfig, TrainingState
 from mae_transfer.engine.config import to_dict
 from mae_transfer.engine.distribution import Processes
 from mae_transfer.engine.ema import WeightAverage
@@ -38,6 +39,7 @@ from mae_transfer.engine.trainer import TrainConfig, Trainer
 from mae_transfer.errors import ConfigError
 
 BatchT = TypeVar("BatchT", bound=Batch)
+LINEAGE = ("source", "license")  # what ``lineage`` says, of the metadata of weights
 
 
 class RunSettings(Protocol):
@@ -53,6 +55,8 @@ class RunSettings(Protocol):
     def log(self) -> LogConfig: ...
     @property
     def run(self) -> RunConfig: ...
+    @property
+    def init_checkpoint(self) -> str | None: ...
 
     def resolved(self) -> Any:
         """The same run with everything spelt out that other keys imply."""
@@ -75,6 +79,8 @@ class Objective(ABC, Generic[BatchT]):
     model: nn.Module
     dataset: KeyedBatches[BatchT]
     sample_flops: float
+    takes_steps = True  # False: nothing is trained, and no batch has to divide among the processes
+    _before: Mapping[str, str] | None = None  # metadata of the training state that the run goes on from
 
     def __init__(self, config: RunSettings, processes: Processes, *, source: Source, optim: OptimConfig) -> None:
         self.settings = config
@@ -94,7 +100,8 @@ class Objective(ABC, Generic[BatchT]):
             minimum=optim.min_lr,
         )
         self.precision = Precision(config.train.precision, processes.device)
-        self.step_sampler(0)  # refuses an impossible division of the batch before anything is built
+        if self.takes_steps:
+            self.step_sampler(0)  # refuses an impossible division of the batch before anything is built
         if processes.device.type == "cuda":
             torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         if processes.device.type == "cpu":
@@ -124,6 +131,21 @@ class Objective(ABC, Generic[BatchT]):
         """
         self.unreadable.merge(*self.processes.gather(sorted(self.unreadable.seen)))
         self.unreadable.check()
+
+    def go_on_from(self, state: TrainingState) -> None:
+        """Learn of the state that will be put back, before the trainer is built; all processes call this.
+
+        Raises:
+            ConfigError: it was trained on other data.
+        """
+        self._before = state.facts.get("metadata", {})
+
+    @property
+    def lineage(self) -> dict[str, str]:
+        """Source and licence of the weights that the run began with; when it goes on, their file is not asked again."""
+        if self._before is None:
+            return lineage(self.settings.init_checkpoint)
+        return {name: self._before[name] for name in LINEAGE if self._before.get(name, "null") != "null"}
 
     def count_steps(self) -> int:
         """The length of the run. Raises ConfigError where it is not given."""

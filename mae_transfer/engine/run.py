@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mae_transfer.engine.checkpoints import open_state
+from mae_transfer.engine.checkpoints import TrainingState, open_state
 from mae_transfer.engine.config import build_config, flatten, to_dict, to_yaml
 from mae_transfer.engine.distribution import is_restart
 from mae_transfer.engine.metrics import MetricsLog
@@ -43,7 +43,7 @@ def carry_out(
     Args:
         free: keys, besides ``FREE_ON_RESUME``, that a continuation may change; a prefix where they end in a dot.
         bound: keys of ``FREE_ON_RESUME`` that change what this run learns.
-        finish: called on every process after the last step and before the weights are written.
+        finish: called on every process when the weights are written: what fails there loses nothing.
 
     Returns:
         None, or the name of the signal that stopped it (the state is saved).
@@ -56,14 +56,17 @@ def carry_out(
     # The main process makes the folder; what it finds out, bad news included, holds for all of them.
     folder, checkpoint = processes.on_main(lambda: open_run_folder(config.run, restarted=is_restart()))
     with folder.in_use() if processes.is_main else nullcontext():
+        state = None
+        if checkpoint is not None:
+            state = open_state(checkpoint)
+            changeable = [key for key in (*FREE_ON_RESUME, *free) if key not in bound]
+            check_same_run(state.facts["config"], config, free=changeable)
+            run.go_on_from(state)
         trainer = run.trainer(folder)
         trainer.hooks = hooks
-        changeable = [key for key in (*FREE_ON_RESUME, *free) if key not in bound]
-        _begin(run, trainer, checkpoint, free=changeable)
+        _begin(run, trainer, state)
         try:
             stopped_by = trainer.run()
-            if stopped_by is None:
-                finish(folder, trainer)
         finally:
             if trainer.metrics is not None:
                 trainer.metrics.close()
@@ -71,17 +74,16 @@ def carry_out(
         logger.info("%s", run.unreadable.summary())
         if stopped_by is None:
             run.write_weights(folder, trainer.average)
+            finish(folder, trainer)
         return stopped_by
 
 
-def _begin(run: Objective[Any], trainer: Trainer[Any], checkpoint: Path | None, *, free: Sequence[str]) -> None:
+def _begin(run: Objective[Any], trainer: Trainer[Any], state: TrainingState | None) -> None:
     """Bring back the state to go on from, describe the run in its folder and open its log."""
     config, processes, folder = run.settings, run.processes, trainer.folder
-    if checkpoint is not None:
-        state = open_state(checkpoint)
-        check_same_run(state.facts["config"], config, free=free)
+    if state is not None:
         trainer.load(state)
-        logger.info("continuing from step %d of %d (%s)", trainer.step, run.num_steps, checkpoint)
+        logger.info("continuing from step %d of %d (%s)", trainer.step, run.num_steps, state.path)
     else:
         logger.info(
             "%d images, %d steps of %d, %s on %s, writing to %s",
@@ -91,8 +93,8 @@ def _begin(run: Objective[Any], trainer: Trainer[Any], checkpoint: Path | None, 
     if not processes.is_main:
         return
     folder.write_description(to_yaml(config.resolved()))
-    if checkpoint is not None:
-        _bring_metrics(checkpoint, folder)
+    if state is not None:
+        _bring_metrics(state.path, folder)
     trainer.metrics = MetricsLog(
         folder.metrics,
         last_step=trainer.step,

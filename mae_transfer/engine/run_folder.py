@@ -121,12 +121,31 @@ def _take(file: IO[str]) -> bool:
     return True
 
 
-def open_run_folder(config: RunConfig, *, restarted: bool = False) -> tuple[RunFolder, Path | None]:
+def run_before(config: RunConfig, *, restarted: bool = False) -> RunFolder | None:
+    """The folder of the run that this one goes on from, as ``open_run_folder`` will; None for a fresh start. Nothing is
+    verified or written."""
+    folder = RunFolder(config.dir)
+    resume = _resume(config, folder, restarted)
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return folder if latest_checkpoint(folder.checkpoints) else None
+    path = Path(resume)
+    if path.is_dir() and latest_checkpoint(path / "checkpoints"):
+        return RunFolder(path)
+    inside = path if path.is_dir() and not is_sharded(path) else path.parent  # the folder of checkpoints
+    return RunFolder(inside.parent) if path.exists() else None
+
+
+def open_run_folder(
+    config: RunConfig, *, restarted: bool = False, trains: bool = True
+) -> tuple[RunFolder, Path | None]:
     """The folder ready to write to, and the verified checkpoint to start from, None for a fresh start.
 
     Args:
         restarted: torchrun starts the same command again because a process died: go on from the newest checkpoint,
             whatever the command says of resuming and overwriting.
+        trains: whether there will be training states to keep.
 
     Raises:
         ConfigError: the folder is not empty and neither resumed nor overwritten; another run is writing to it; a
@@ -137,9 +156,7 @@ def open_run_folder(config: RunConfig, *, restarted: bool = False) -> tuple[RunF
     if folder.root.exists() and not folder.root.is_dir():
         raise ConfigError(f"run.dir={folder.root} is a file; name a folder")
     folder.check_free()
-    resume = config.resume
-    if restarted and (resume == "never" or latest_checkpoint(folder.checkpoints)):
-        resume = "auto"
+    resume = _resume(config, folder, restarted)
     checkpoint = _checkpoint_to_resume(folder, resume)
     used = folder.root.is_dir() and any(_holds_something(path) for path in folder.root.iterdir() if path != folder.lock)
     own = checkpoint is not None and checkpoint.resolve().is_relative_to(folder.root.resolve())
@@ -152,10 +169,15 @@ def open_run_folder(config: RunConfig, *, restarted: bool = False) -> tuple[RunF
             f"run.dir={folder.root} is not empty; choose another folder, continue with run.resume=auto, "
             "or delete what is there with run.overwrite=true"
         )
-    for path in (folder.checkpoints, folder.reconstructions, folder.tensorboard):
-        path.mkdir(parents=True, exist_ok=True)
+    (folder.checkpoints if trains else folder.root).mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder.checkpoints)
     return folder, checkpoint
+
+
+def _resume(config: RunConfig, folder: RunFolder, restarted: bool) -> str:
+    """``run.resume``, or what a restart makes of it."""
+    again = restarted and (config.resume == "never" or latest_checkpoint(folder.checkpoints))
+    return "auto" if again else config.resume
 
 
 def _holds_something(path: Path) -> bool:

@@ -120,11 +120,28 @@ def test_architecture_and_normalisation_are_the_checkpoints(tmp_path: Path) -> N
         (["train.epoch=3"], r"unknown key train\.epoch; did you mean train\.epochs\?"),
         (["protocol=lineal"], r"protocol=lineal; did you mean linear\?"),
         (["model.pool=max"], r"model\.pool=max.* Use one of mean, cls"),
-        (["partial.blocks=2"], r"is for protocol=partial, and this is finetune"),
+        (["partial.blocks=2"], r"protocol=finetune .* would not look at partial\.blocks=2\.0; .*: partial=null$"),
         (["protocol=partial", "partial.blocks=0.3"], r"expected 0, 0\.5, 1"),
         (["augment.kind=none", "augment.mixup=0.8"], r"augment\.kind=none .* augment\.mixup=0\.8 changes them"),
         (["augment.erase=1.5"], r"augment\.erase=1\.5 must lie between 0 and 1"),
-        (["protocol=knn", "optim.base_lr=1"], r"protocol=knn learns nothing; remove optim"),
+        (["protocol=knn", "optim.base_lr=1"], r"protocol=knn trains nothing, .* optim\.base_lr=1\.0; .*: optim=null$"),
+        (["protocol=knn", "augment.kind=recipe", "train.epochs=3"], r"augment=null train\.epochs=null$"),
+        (["protocol=knn", "train.steps=3"], r"would not look at train\.steps=3;"),
+        (["protocol=knn", "train.ema=0.9"], r"would not look at train\.ema=0\.9;"),
+        (["protocol=knn", "model.drop_path=0.1"], r"would not look at model\.drop_path=0\.1;"),
+        (
+            ["protocol=knn", "data.crop_scale=[0.5,1]"],
+            r"data\.crop_scale=\[0\.5,1\.0\]; .*: data\.crop_scale=\[0\.08,1\.0\]$",
+        ),
+        (
+            ["protocol=linear", "optim.layer_decay=0.9", "model.drop_path=0.1"],
+            r"model\.drop_path=null optim\.layer_decay=null$",
+        ),
+        (["protocol=linear", "optim.betas=[0.9,0.99]"], r"lars, which has no betas, .* optim\.betas=\[0\.9,0\.99\];"),
+        (["protocol=linear", "knn.k=[3]"], r"would not look at knn\.k=\[3\]; .*: knn=null$"),
+        (["optim.momentum=0.5"], r"adamw, which has no momentum"),
+        (["knn.temperature=1"], r"protocol=finetune .* would not look at knn\.temperature=1\.0;"),
+        (["protocol=partial", "knn.k=[3]"], r"protocol=partial .* would not look at knn\.k=\[3\];"),
         (["protocol=knn", "knn.k=[0]"], r"knn\.k=\[0\]"),
         (["data.fraction=0"], r"data\.fraction=0"),
         (["optim.layer_decay=1.2"], r"optim\.layer_decay=1\.2 must be above 0 and at most 1"),
@@ -138,6 +155,31 @@ def test_architecture_and_normalisation_are_the_checkpoints(tmp_path: Path) -> N
 def test_mistakes_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(*overrides).resolved()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "more"),
+    [
+        ("linear", ["optim.betas=null", "model.drop_path=null", "optim.layer_decay=null", "optim.name=lars"]),
+        ("linear", ["model.drop_path=0", "optim=null"]),
+        ("knn", ["optim=null", "augment=null", "train.epochs=null", "model.drop_path=null"]),
+        ("knn", ["optim=null", "augment.kind=none", "train.epochs=null", "model.drop_path=0", "partial.blocks=null"]),
+        ("finetune", ["knn.k=[10,20,100]", "knn.temperature=0.07"]),
+    ],
+)
+def test_what_a_message_says_can_be_done(protocol: str, more: list[str]) -> None:
+    """Another protocol with the file of a fine-tuning; keys may be set to their defaults."""
+    path = CONFIGS / "base_finetune.yaml"
+    if protocol != "finetune":
+        with pytest.raises(ConfigError, match=f"protocol={protocol} .* would not look at "):
+            read(f"protocol={protocol}", path=path)
+    config = read(f"protocol={protocol}", *more, path=path)
+    assert config.protocol == protocol and config.resolved().resolved() == config.resolved()
+
+
+def test_other_optimizers_than_the_protocols() -> None:
+    assert read("protocol=linear", "optim.name=adamw", "optim.betas=[0.8,0.9]").resolved().optimizer.betas == [0.8, 0.9]
+    assert read("optim.name=lars", "optim.momentum=0.5").resolved().optimizer.momentum == 0.5
 
 
 def test_a_section_is_frozen_and_takes_keywords_only() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,8 @@ REPORT = ("config.yaml", "environment.txt", "metrics.jsonl", "confusion.png", "c
 
 def arguments(protocol: str, classes: Path, run: Path, *more: str) -> list[str]:
     warm = [] if protocol == "knn" else ["optim.warmup_epochs=0.5"]
-    steps = [] if any(part.startswith("train.epochs") for part in more) else ["train.steps=8"]
+    own_length = protocol == "knn" or any(part.startswith("train.epochs") for part in more)
+    steps = [] if own_length else ["train.steps=8"]
     config = str(CONFIGS / f"tiny_{protocol}.yaml")
     places = [f"data.train={classes / 'train'}", f"data.val={classes / 'val'}", f"run.dir={run}"]
     return [config, *COMMON, *warm, *steps, *places, *more]
@@ -79,6 +81,9 @@ def test_what_a_run_leaves_behind(finetuned: Path, classes: Path) -> None:
     model = load_file(finetuned / "model.safetensors")
     assert torch.equal(vit.blocks[1].mlp.fc2.weight, model["blocks.1.mlp.fc2.weight"])
     assert not torch.equal(load_file(finetuned / "model_ema.safetensors")["head.weight"], model["head.weight"])
+    assert [path.name for path in finetuned.iterdir() if path.is_dir()] == ["checkpoints"], (
+        "none that it has no use for"
+    )
 
 
 def test_evaluating_it_again(finetuned: Path, classes: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,11 +156,12 @@ def test_a_fine_tuned_encoder_keeps_its_norm_of_averaged_patches(
 
 
 def test_nearest_neighbours(classes: Path, encoder: Path, tmp_path: Path) -> None:
-    more = (f"init_checkpoint={encoder}", "knn.k=[1,5]")
+    more = (f"init_checkpoint={encoder}", "knn.k=[1,5]", "train.accumulate=3")  # which does not divide the batch
     assert run_tool(main, arguments("knn", classes, tmp_path / "run", *more)) == 0
     (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert {"knn_top1_k1", "knn_top1_k5", "val_top1", "val_top5"} <= set(line)
     assert all((tmp_path / "run" / name).is_file() for name in REPORT)
+    assert not any(path.is_dir() for path in (tmp_path / "run").iterdir())
     assert run_tool(main, arguments("knn", classes, tmp_path / "run", *more)) == 2, "the folder is not empty"
 
 
@@ -273,6 +279,38 @@ def test_a_share_of_each_class(classes: Path, tmp_path: Path) -> None:
     elsewhere = open_source([write_classes(tmp_path / "elsewhere" / "copy")], cache=None)
     assert elsewhere.labels is not None
     assert list(choose_by_class(elsewhere, elsewhere.labels, 0.5, seed=0)) == list(half), "names count, not places"
+
+
+def test_a_share_does_not_depend_on_how_paths_are_given(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two folders, one by its whole path and one from here."""
+    write_classes(tmp_path / "more", seed=2)
+    shutil.copytree(classes / "train", tmp_path / "train")
+    monkeypatch.chdir(tmp_path)
+    chosen = []
+    for roots in ([tmp_path / "more", tmp_path / "train"], [tmp_path / "more", "train"], ["more", "./train"]):
+        source = open_source([Path(root) for root in roots], cache=None)
+        assert source.labels is not None
+        indices = choose_by_class(source, source.labels, 0.5, seed=0)
+        chosen.append([Path(source.name(int(index))).resolve() for index in indices])
+    assert chosen[0] == chosen[1] == chosen[2] and len(chosen[0]) == 24
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        (["train.steps=12", "data.fraction=0.1", "train.batch_size=4"], [3, 6, 9, 12]),  # an epoch is a step
+        (["train.steps=4", "data.fraction=0.1", "train.batch_size=12"], [1, 2, 3, 4]),
+        (["train.steps=6", "train.batch_size=8"], [3, 6]),  # an epoch
+    ],
+)
+def test_testing_takes_less_than_training(given: list[str], steps: list[int], classes: Path, tmp_path: Path) -> None:
+    """12 images to test on: not before 12 were trained on, however short an epoch is."""
+    more = ("log.evaluate_every_epochs=1", *given)
+    assert run_tool(main, arguments("finetune", classes, tmp_path / "run", *more)) == 0
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "val_top1" in line] == steps
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def test_what_does_not_fit_is_refused_and_nothing_is_taken(run: Path, changes: d
     with pytest.raises(CheckpointError, match=said):
         load_initial_weights(model, run)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_file_is_not_needed_to_go_on(run: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start.safetensors"
+    start.write_bytes((run / "model.safetensors").read_bytes())
+    pictures, more = run.parent / "pictures", (f"init_checkpoint={start}", "train.steps=5")
+    assert run_tool(main, arguments(pictures, tmp_path / "whole", *more)) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts" / "checkpoints" / "step-00000005.pt").unlink()  # killed after the third step
+    start.unlink()
+    assert run_tool(main, arguments(pictures, tmp_path / "parts", *more, "run.resume=auto")) == 0
+    assert timeless(tmp_path / "parts" / "metrics.jsonl") == timeless(tmp_path / "whole" / "metrics.jsonl")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_missing_file_leaves_no_folder(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
