@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,17 @@ def examine(path: str | Path) -> dict[str, Any]:
         "hosts": _hosts(checkpoint),
         "formats": {name: _as_format(checkpoint, name) for name in FORMATS},
         "besides_the_encoder": parts(name for name in tensors if name not in encoder),
-        "left_out": summarise(checkpoint.left_out),
+        "left_out": _shortened(checkpoint.left_out),
         "sha256": sha256(checkpoint.path) if checkpoint.path.is_file() else None,
     }
+
+
+def _shortened(names: list[str]) -> str:
+    """Names of what is not the encoder's: of a host's many, how many there are in each of its parts."""
+    if summarise(names).count(", ") < 8:
+        return summarise(names)
+    counts = Counter(name.split(".")[0] for name in names)
+    return ", ".join(f"{part}.* ({count})" if count > 1 else part for part, count in counts.items())
 
 
 def inspect(path: str | Path) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mae_transfer.checkpoint.build import vit_arguments
@@ -23,6 +24,7 @@ _NEW_IN_TRANSFER = re.compile(
 )
 # What a host may have been built without; relative positions come and go with the host (ViTDet, Li et al.).
 _OPTIONAL_IN_HOST = re.compile(r"^(cls_token$|norm\.|fc_norm\.|.*\.rel_pos_[hw]$|.*relative_position_bias_table$)")
+_NORM_EPS_MATTERS = 5e-6  # Hugging Face's ViTMAE says 1e-12 of what was trained with 1e-6: both are next to none
 _LAYER_SCALE = re.compile(r".*\.ls[12]\.gamma$")
 
 
@@ -136,6 +138,11 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint, *, patch_res
             + "; ".join(problems)
             + ". Build the model with the size and patch of the checkpoint (convert_checkpoint.py --inspect shows them)"
         )
+    if broken := [name for name, tensor in loaded.items() if not _is_finite(tensor)]:
+        raise CheckpointError(
+            f"{checkpoint.path}: {summarise(broken)} hold values that are no finite numbers; the file is of a training "
+            "that diverged, or damaged"
+        )
     vit.load_state_dict(loaded, strict=False)  # strictness was checked above, with reasons
     return Report(
         source=str(checkpoint.path),
@@ -151,13 +158,19 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint, *, patch_res
 def _other_computation(vit: VisionTransformer, checkpoint: Checkpoint) -> list[str]:
     """What shapes do not show and yet makes other features of the same weights, each as part of a sentence."""
     info, problems = checkpoint.info, []
-    if checkpoint.has_metadata and vit.num_heads != info.num_heads:
+    if "num_heads" in checkpoint.certain and vit.num_heads != info.num_heads:
         problems.append(f"the file's attention has {info.num_heads} heads, the model's {vit.num_heads}")
+    if "norm_eps" in checkpoint.certain and abs(vit.norm_eps - info.norm_eps) > _NORM_EPS_MATTERS:
+        problems.append(f"the file's norms have an epsilon of {info.norm_eps:g}, the model's {vit.norm_eps:g}")
     if vit.rope_base != info.rope_base:
         has = {True: "rotary positions of base {}", False: "no rotary positions"}
         ours, files = (has[base is not None].format(base) for base in (vit.rope_base, info.rope_base))
         problems.append(f"the file has {files}, the model {ours}")
     return problems
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or (tensor.is_floating_point() and bool(torch.isfinite(tensor).all()))
 
 
 def _is_dispensable(name: str, tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy._core import multiarray
 
+from mae_transfer.checkpoint.files import refuse_no_checkpoint
 from mae_transfer.errors import CheckpointError
 
 
@@ -60,10 +61,13 @@ def read_pickle(path: Path) -> Any:
     Raises:
         CheckpointError: it names anything else (which is not looked up, let alone run), or is damaged.
     """
+    refuse_no_checkpoint(path)
     try:
         with path.open("rb") as file:
             # latin1: arrays that Python 2 has pickled, Caffe2's among them, are byte strings to it.
-            content = _ArraysOnly(file, encoding="latin1").load()
+            return _to_tensors(_ArraysOnly(file, encoding="latin1").load())
+    except RecursionError:
+        raise CheckpointError(f"{path} holds itself, or is nested too deeply to be a checkpoint") from None
     except _Refused as refused:
         raise CheckpointError(
             f"{path} is refused: its pickle names {refused}, and only arrays, dicts and plain values are read, because "
@@ -78,7 +82,6 @@ def read_pickle(path: Path) -> Any:
         ) from error
     except (AttributeError, ImportError, MemoryError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read as a pickle ({type(error).__name__}: {error})") from error
-    return _to_tensors(content)
 
 
 def _to_tensors(node: Any) -> Any:

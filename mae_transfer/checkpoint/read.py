@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from mae_transfer.checkpoint.info import EncoderInfo, infer_info
 from mae_transfer.checkpoint.names import summarise
 from mae_transfer.checkpoint.pickles import read_pickle
 from mae_transfer.checkpoint.sharded import is_sharded, read_facts, read_shards
-from mae_transfer.errors import CheckpointError, ConfigError
+from mae_transfer.errors import CheckpointError, ConfigError, UserError
 
 # What Hugging Face calls the weights in a folder, the first that is there.
-HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
-# The state dict of a training checkpoint hides below one of these.
-_NESTS = ("model", "state_dict", "model_state", "module", "teacher", "student")
+HUGGING_FACE_FILES = (
+    *("model.safetensors", "pytorch_model.bin"),
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json"),  # of a model in several files
+)
+# The state dict of a training checkpoint hides below one of these; an average of the weights is what timm reads too.
+_NESTS = ("state_dict_ema", "model_ema", "model", "state_dict", "model_state", "module", "teacher", "student")
 
 _OF_A_BLOCK = re.compile(r"(^|\.)(blocks|layers?)\.\d+\.")
 # Where a tensor that the encoder here has no place for changes its features.
@@ -42,6 +46,7 @@ class Checkpoint:
         tensors: in our key names; decoder and heads included where the file has them.
         info: architecture and input convention.
         has_metadata: the input convention was read from the file, not assumed.
+        certain: fields of ``info`` that the file or its family says, where others follow from the shapes.
         left_out: names in the file that have no place here.
     """
 
@@ -50,6 +55,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     info: EncoderInfo
     has_metadata: bool
+    certain: frozenset[str] = frozenset()
     left_out: list[str] = field(default_factory=list)
 
 
@@ -75,14 +81,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def _read(path: Path) -> Checkpoint:
     tensors, metadata = read_tensors(path)
-    if metadata.get("family"):
+    if {"family", "width", "num_heads"} <= metadata.keys():  # ours; others may have a "family" too
         info = EncoderInfo.from_metadata(metadata, str(path))
         if names := metadata.get("names"):
             tensors, left_out = formats.restore(tensors, info, names, path), list[str]()
         else:
             tensors, left_out = _below(tensors, _own_prefix(tensors))
         return Checkpoint(
-            path=path, family=info.family, tensors=tensors, info=info, has_metadata=True, left_out=left_out
+            path=path,
+            family=info.family,
+            tensors=tensors,
+            info=info,
+            has_metadata=True,
+            certain=frozenset(field.name for field in fields(info)),
+            left_out=left_out,
         )
     return _read_family(path, tensors)
 
@@ -100,7 +112,8 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         else:
             outside[name] = tensor
     config = read_config(path)
-    converted = family.convert(families.Raw(path=path, tensors=own, prefix=prefix, outside=outside, config=config))
+    with _damage_told(path, family.title):
+        converted = family.convert(families.Raw(path=path, tensors=own, prefix=prefix, outside=outside, config=config))
     _check_activation(config, converted, path)
     strange = [name for name in converted.left_out if name in own and _OF_A_BLOCK.search(name)]
     if strange:
@@ -111,8 +124,9 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     around = _by_surroundings(prefix, outside) if family.name == "vit" else None
     name, license = around or (family.name, family.license)
     facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license}
-    info = infer_info(converted.tensors, family=name, source=str(path), fields=facts | converted.fields)
-    check_complete(converted.tensors, info, path, family.title)
+    with _damage_told(path, family.title):
+        info = infer_info(converted.tensors, family=name, source=str(path), fields=facts | converted.fields)
+        check_complete(converted.tensors, info, path, family.title)
     if name == "vit" and info.positions == "sincos":
         # MAE's encoder alone has timm's names; of the families in these, it alone has this fixed table.
         info = replace(info, family="mae", license="cc-by-nc-4.0")
@@ -124,8 +138,27 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         tensors=converted.tensors,
         info=info,
         has_metadata="image_mean" in config,
+        certain=frozenset(converted.fields),
         left_out=converted.left_out,
     )
+
+
+@contextmanager
+def _damage_told(path: Path, title: str) -> Iterator[None]:
+    """Tensors of shapes that no code expects fail wherever they are first used: said of the file, as an error of ours.
+
+    Raises:
+        CheckpointError: in place of what arithmetic raises.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} looks like {title}, but its tensors or its config.json do not go together "
+            f"({type(error).__name__}: {error}); the file is damaged, or of a variant that is not known here"
+        ) from error
 
 
 def _check_activation(config: Mapping[str, Any], converted: families.Converted, path: Path) -> None:
@@ -159,8 +192,9 @@ def _read_hosted(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     if around is None or around[0] not in ("detectron2", "mmseg"):
         raise _unknown(path, tensors)
     family = around[0]
-    info = infer_info(below, family=family, source=str(path), fields={"source": path.name})
-    check_complete(below, info, path, f"an encoder inside {family}")
+    with _damage_told(path, title := f"an encoder inside {family}"):
+        info = infer_info(below, family=family, source=str(path), fields={"source": path.name})
+        check_complete(below, info, path, title)
     return Checkpoint(path=path, family=family, tensors=below, info=info, has_metadata=False, left_out=left_out)
 
 
@@ -238,7 +272,8 @@ def read_config(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{beside} is not valid JSON ({error}); fetch it again") from error
             if not isinstance(content, dict):
                 raise CheckpointError(f"{beside} should hold a JSON object, found a {type(content).__name__}")
-            result |= content.get("vision_config", content)
+            vision = content.get("vision_config")
+            result |= vision if isinstance(vision, dict) else content
     return result
 
 
@@ -253,6 +288,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.is_dir():
         tensors = {name.removeprefix("model."): tensor for name, tensor in read_shards(path, "model.").items()}
         metadata = {str(key): str(value) for key, value in read_facts(path).get("metadata", {}).items()}
+    elif path.name.endswith(".index.json"):
+        tensors = _read_indexed(path)
     elif path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
     else:
@@ -263,6 +300,29 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; expected the weights of a Vision Transformer")
     return tensors, metadata
+
+
+def _read_indexed(index: Path) -> dict[str, Tensor]:
+    """A Hugging Face model in several files, of which ``index`` says where each tensor is.
+
+    Raises:
+        CheckpointError: no index, or one that names files elsewhere, or files that are missing or lack tensors.
+    """
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of a model in several files ({error}); fetch it again") from error
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        file = index.with_name(Path(name).name)
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{index} names {name}, which is not beside it; fetch the whole folder again")
+        own = read_safetensors(file)[0] if file.suffix == ".safetensors" else find_state_dict(read_torch(file), file)
+        tensors |= own
+    if absent := [name for name in places if name not in tensors]:
+        raise CheckpointError(f"{index} names {summarise(absent)}, which its files lack; fetch the whole folder again")
+    return tensors
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -291,7 +351,9 @@ def resolve_path(path: str | Path) -> Path:
 
 def find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """The mapping of names to tensors in what ``torch.load`` gave, wherever it is nested."""
-    while isinstance(content, Mapping):
+    visited: list[Any] = []
+    while isinstance(content, Mapping) and not any(content is outer for outer in visited):
+        visited.append(content)
         nest = next((key for key in _NESTS if isinstance(content.get(key), Mapping)), None)
         if nest is None:  # tensors beside a nest, such as the state of a random generator, are no weights
             tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}

@@ -9,14 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from mmengine.device import get_device
 from mmengine.dist import broadcast, is_main_process
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule, is_model_wrapper
 from mmengine.runner import Runner
-from numpy._core import multiarray
 from torch import Tensor, nn
 
 from mae_transfer.checkpoint.files import read_torch
@@ -282,20 +280,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
-    with torch.serialization.safe_globals(_safe_globals()):
-        content = read_torch(path)
+    # A history names its own methods through ``getattr``: a stand-in is allowed under that name which gives out nothing
+    # else.
+    content = read_torch(path, histories=[HistoryBuffer, (history_method, "builtins.getattr")])
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state_dict; expected a checkpoint that train_seg wrote")
     return content
-
-
-def _safe_globals() -> list[Any]:
-    """What MMEngine's log histories are made of. They name their own methods through ``getattr``, so a stand-in is
-    allowed under that name which gives out nothing else."""
-    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.uint32, np.bool_)]
-    methods = (history_method, "builtins.getattr")
-    return [methods, HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *kinds]
 
 
 def history_method(owner: Any, name: str) -> Any:

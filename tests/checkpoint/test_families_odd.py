@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mae_transfer.checkpoint import read_checkpoint, write_safetensors
+from mae_transfer.checkpoint import describe, load_backbone, read_checkpoint, write_safetensors
 from mae_transfer.checkpoint.convert import convert
+from mae_transfer.checkpoint.inspection import inspect
 from mae_transfer.errors import CheckpointError
 from mae_transfer.position import sincos_2d
 from mae_transfer.vit import build_vit
@@ -127,3 +131,196 @@ def test_a_hugging_face_vit_of_another_activation_is_refused(tmp_path: Path) -> 
     ViTModel(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="hidden_act 'silu'"):
         read_checkpoint(tmp_path)
+
+
+def test_timms_models_without_biases_of_queries_keys_and_values(tmp_path: Path) -> None:
+    path, theirs = timm_file(tmp_path, "vit_tiny_patch16_224", img_size=64, qkv_bias=False)
+    images = pictures(64, 64)
+    with torch.no_grad():
+        assert_equal(features(read(path)[0], images), theirs.forward_features(images))
+
+
+def test_timms_average_of_the_weights_is_what_is_read(tmp_path: Path) -> None:
+    from timm.models import load_checkpoint as timm_loads
+
+    raw = randomised(timm.create_model("vit_tiny_patch16_224", img_size=64, **SMALL))
+    average = {name: 0.5 * tensor for name, tensor in raw.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": raw.state_dict(), "state_dict_ema": average}, tmp_path / "last.pth.tar")
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, **SMALL)
+    timm_loads(theirs, str(tmp_path / "last.pth.tar"))
+    ours = read_checkpoint(tmp_path / "last.pth.tar").tensors
+    assert torch.equal(ours["blocks.1.attn.qkv.weight"], theirs.blocks[1].attn.qkv.weight)
+    assert torch.equal(ours["cls_token"], average["cls_token"])
+
+
+def test_dinov3_without_registers(tmp_path: Path) -> None:
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    numbers = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    theirs = randomised(DINOv3ViTModel(DINOv3ViTConfig(**numbers, image_size=64, num_register_tokens=0)))
+    theirs.save_pretrained(tmp_path)
+    images = pictures(64, 64)
+    with torch.no_grad():
+        assert_equal(features(read(tmp_path)[0], images), theirs(images).last_hidden_state)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_a_hugging_face_model_in_several_files(safe: bool, tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=64, intermediate_size=128)
+    theirs = randomised(ViTModel(config, add_pooling_layer=False))
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB")
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.is_file() and not (tmp_path / "model.safetensors").exists()
+    if not safe:  # as older versions wrote them
+        places = json.loads(index.read_text())
+        for name in sorted(set(places["weight_map"].values())):
+            torch.save(load_file(tmp_path / name), tmp_path / name.replace(".safetensors", ".bin"))
+            (tmp_path / name).unlink()
+        places["weight_map"] = {key: name.replace(".safetensors", ".bin") for key, name in places["weight_map"].items()}
+        index.unlink()
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps(places))
+    images = pictures(64, 64)
+    vit, checkpoint = read(tmp_path)
+    with torch.no_grad():
+        assert_equal(features(vit, images), theirs(images).last_hidden_state)
+    assert checkpoint.info.num_heads == 4 and "heads 4" in inspect(tmp_path)
+    with pytest.raises(CheckpointError, match="attention has 4 heads, the model's 1"):
+        load_backbone(build_vit("tiny", image_size=64, width=64, num_heads=1, depth=2, mlp_ratio=2.0), tmp_path)
+    shard = next(tmp_path.glob("*-00002-of-*"))
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"names {shard.name}, which is not beside it"):
+        read_checkpoint(tmp_path)
+
+
+def test_norms_of_another_epsilon_are_refused(tmp_path: Path) -> None:
+    vit = build_vit("tiny", image_size=32, depth=2, norm_eps=1e-3)
+    write_safetensors(tmp_path / "a.safetensors", vit.state_dict(), describe(vit).to_metadata())
+    with pytest.raises(CheckpointError, match=r"epsilon of 0\.001, the model's 1e-06"):
+        load_backbone(build_vit("tiny", image_size=32, depth=2), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_loaded(value: float, tmp_path: Path) -> None:
+    vit = build_vit("tiny", image_size=32, depth=2)
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    tensors = {name: tensor.clone() for name, tensor in before.items()}
+    tensors["blocks.1.mlp.fc1.weight"][0, 0] = value
+    write_safetensors(tmp_path / "a.safetensors", tensors, describe(vit).to_metadata())
+    with pytest.raises(CheckpointError, match=r"blocks\.\*\.mlp\.fc1\.weight hold values that are no finite numbers"):
+        load_backbone(vit, tmp_path / "a.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+    assert "no finite numbers" in inspect(tmp_path / "a.safetensors")
+
+
+def test_metadata_of_others_may_speak_of_a_family(tmp_path: Path) -> None:
+    vit = build_vit("tiny", image_size=32, depth=2)
+    write_safetensors(tmp_path / "a.safetensors", vit.state_dict(), {"family": "resnet", "format": "pt"})
+    assert read_checkpoint(tmp_path / "a.safetensors").family == "mae"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 3\n", "a pointer of Git LFS"),
+        ("page", b"<!DOCTYPE html><html></html>", "is a web page"),
+        ("nothing", b"", "is empty"),
+        ("noise", bytes(range(1, 200)), "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".pth", ".safetensors", ".pkl"])
+def test_files_in_a_checkpoints_place(name: str, content: bytes, said: str, ending: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}{ending}").write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        read_checkpoint(tmp_path / f"{name}{ending}")
+
+
+def test_what_a_refused_pickle_names(tmp_path: Path) -> None:
+    tensors = build_vit("tiny", image_size=32, depth=1).state_dict()
+    torch.save({"model": tensors, "args": Path("x")}, tmp_path / "path.pth")
+    with pytest.raises(CheckpointError, match=r"is refused: it names pathlib\.\w*Path"):
+        read_checkpoint(tmp_path / "path.pth")
+    torch.save({"model": tensors}, tmp_path / "protocol.pth", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"of a protocol other than torch\.save's own"):
+        read_checkpoint(tmp_path / "protocol.pth")
+
+
+def test_a_checkpoint_that_holds_itself(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"a": 1}
+    content["model"] = content
+    torch.save(content, tmp_path / "a.pth")
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    for name, said in (("a.pth", "holds no state dict"), ("a.pkl", "holds itself")):
+        with pytest.raises(CheckpointError, match=said):
+            read_checkpoint(tmp_path / name)
+
+
+def test_every_cut_through_a_legacy_file_is_an_error_of_ours(tmp_path: Path) -> None:
+    vit = build_vit("tiny", image_size=16, width=16, num_heads=1, depth=1)
+    path = tmp_path / "legacy.pth"
+    torch.save({"model": vit.state_dict()}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    assert read_checkpoint(path).info.width == 16
+    for length in range(1, len(whole), max(1, len(whole) // 150)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("shape", [(3,), (0, 2), (1, 5, 7), (1, 1, 1, 1, 1), (2, 2)])
+@pytest.mark.parametrize("family", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"])
+def test_tensors_of_any_shape_are_an_error_of_ours(
+    family: str, shape: tuple[int, ...], tmp_path: Path, foreign_tensors: Any
+) -> None:
+    whole = foreign_tensors(family)
+    for name in {"pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "cls_token"} & whole.keys():
+        write_safetensors(tmp_path / "a.safetensors", {**whole, name: torch.zeros(shape)}, {})
+        with pytest.raises(CheckpointError):
+            read_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.fixture(scope="module")
+def foreign_tensors() -> Any:
+    made: dict[str, dict[str, Tensor]] = {}
+
+    def tensors(family: str) -> dict[str, Tensor]:
+        if family not in made:
+            made[family] = timm.create_model(family, img_size=32, **SMALL).state_dict()
+        return made[family]
+
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_attention_heads": "4"},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": None},
+        {"image_size": {"height": 64}},
+        {"image_mean": 0.5},
+        {"image_mean": None},
+    ],
+)
+def test_a_config_of_wrong_types_is_an_error_of_ours(config: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    numbers = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    ViTModel(ViTConfig(**numbers)).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | config))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_decoder_that_is_not_whole_is_not_exported(tmp_path: Path) -> None:
+    from pretrain import build_mae
+
+    mae = build_mae(size="tiny", image_size=32, patch_size=8, depth=2, decoder_depth=2)
+    tensors = {name: tensor for name, tensor in mae.state_dict().items() if name != "decoder_embed.weight"}
+    torch.save({"model": tensors}, tmp_path / "mae.pth")
+    with pytest.raises(CheckpointError, match=r"the decoder lacks decoder_embed\.weight; --encoder-only"):
+        convert(tmp_path / "mae.pth", tmp_path / "out", "hf")
+    assert "the decoder lacks" in inspect(tmp_path / "mae.pth")

@@ -19,7 +19,7 @@ from mmengine.registry import HOOKS, DefaultScope
 from mmseg.registry import MODELS
 from PIL import Image
 
-from mae_transfer.checkpoint import describe, write_safetensors
+from mae_transfer.checkpoint import describe, read_checkpoint, write_safetensors
 from mae_transfer.engine.metrics import read_metrics
 from mae_transfer.errors import CheckpointError, ConfigError, RunFailed, UserError, run_tool
 from mae_transfer.predict import main as predict_main
@@ -123,6 +123,8 @@ def test_train_test_predict_from_a_pretrained_encoder(make_folder, tmp_path, cap
     assert len(list(run.glob("tensorboard/events.out.tfevents.*"))) == 1
     weights = read_weights(run / "iter_4.pth")
     torch.testing.assert_close(weights["backbone.cls_token"], encoder.cls_token.detach(), atol=1e-6, rtol=1e-4)
+    saved = read_checkpoint(run / "iter_4.pth")  # with the curves and arrays that MMEngine keeps in it
+    assert saved.family == "mmseg" and torch.equal(saved.tensors["cls_token"], weights["backbone.cls_token"])
 
     # Tested where the encoder file is gone, by the dumped config.
     source.unlink()

@@ -111,6 +111,8 @@ def _finish(raw: Raw, tensors: Tensors, left_out: list[str]) -> Converted:
         tensors = {name.replace(".mlp.up.", ".mlp.fc1."): tensor for name, tensor in tensors.items()}
     patch = need(tensors, ANCHOR, raw.path).shape[2:]
     registers = tensors.get("register_tokens")
+    if registers is not None and not registers.numel():
+        del tensors["register_tokens"]
     fields = {
         "image_size": (224 // patch[0] * patch[0], 224 // patch[1] * patch[1]),  # any: positions are computed
         "norm_eps": 1e-5,

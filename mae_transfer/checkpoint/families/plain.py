@@ -60,6 +60,9 @@ def convert_plain(raw: Raw) -> Converted:
             tensors["register_tokens"] = tensors.pop(name)
     if "mask_token" in tensors and tensors["mask_token"].ndim == 2:
         del tensors["mask_token"]  # DINOv2's stands in the encoder, which nothing here hides patches from
+    if not any(name.endswith(".attn.qkv.bias") for name in tensors):  # timm's qkv_bias=False
+        weights = {name: tensor for name, tensor in tensors.items() if name.endswith(".attn.qkv.weight")}
+        tensors |= {name.removesuffix("weight") + "bias": w.new_zeros(w.shape[:1]) for name, w in weights.items()}
     if "pos_embed" in tensors:
         _lay_out_positions(tensors, raw)
     registers = register_tokens(tensors, raw.path)
@@ -76,14 +79,11 @@ def is_moco_v3(tensors: Tensors, prefix: str) -> bool:
     if "base_encoder." in prefix or "momentum_encoder." in prefix:
         return True
     table = tensors.get("pos_embed")
-    if (
-        table is None
-        or table.ndim != 3
-        or table.shape[2] % 4
-        or math.isqrt(table.shape[1] - 1) ** 2 + 1 != table.shape[1]
-    ):
+    if table is None or table.ndim != 3 or not table.shape[1] or table.shape[2] % 4:
         return False
     side = math.isqrt(table.shape[1] - 1)
+    if side * side + 1 != table.shape[1]:
+        return False
     columns, rows = sincos_2d(table.shape[2], (side, side)).chunk(2, dim=2)
     return torch.allclose(table.float(), torch.cat([rows, columns], dim=2), atol=1e-4)
 

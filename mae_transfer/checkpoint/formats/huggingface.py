@@ -149,6 +149,8 @@ def config(tensors: Tensors, info: EncoderInfo, *, decoder: bool) -> dict[str, A
         "torch_dtype": str(tensors["cls_token"].dtype).removeprefix("torch."),
     }
     if decoder:
+        if absent := [name for name in _decoder_names(tensors) if name not in tensors]:
+            raise CheckpointError(f"the decoder lacks {summarise(absent)}; --encoder-only leaves it out")
         width = tensors["decoder_embed.weight"].shape[0]
         if info.decoder_num_heads is None and width % 16:
             raise CheckpointError(
@@ -163,6 +165,15 @@ def config(tensors: Tensors, info: EncoderInfo, *, decoder: bool) -> dict[str, A
             "decoder_intermediate_size": tensors["decoder_blocks.0.mlp.fc1.weight"].shape[0],
         }
     return values
+
+
+def _decoder_names(tensors: Tensors) -> list[str]:
+    """What a decoder of so many blocks consists of."""
+    count = 1 + max((int(match[2]) for name in tensors if (match := _BLOCK.match(name)) and match[1]), default=0)
+    layers = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    stems = ["decoder_embed", *(f"decoder_blocks.{block}.{layer}" for block in range(count) for layer in layers)]
+    stems += ["decoder_norm", "decoder_pred"]
+    return [*(f"{stem}.{end}" for stem in stems for end in ("weight", "bias")), "mask_token", "decoder_pos_embed"]
 
 
 def preprocessor(info: EncoderInfo) -> dict[str, Any]:
