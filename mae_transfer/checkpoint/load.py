@@ -138,7 +138,7 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint, *, patch_res
             + "; ".join(problems)
             + ". Build the model with the size and patch of the checkpoint (convert_checkpoint.py --inspect shows them)"
         )
-    if broken := [name for name, tensor in loaded.items() if not _is_finite(tensor)]:
+    if broken := [name for name, tensor in loaded.items() if not _is_finite(tensor, own[name])]:
         raise CheckpointError(
             f"{checkpoint.path}: {summarise(broken)} hold values that are no finite numbers; the file is of a training "
             "that diverged, or damaged"
@@ -169,8 +169,11 @@ def _other_computation(vit: VisionTransformer, checkpoint: Checkpoint) -> list[s
     return problems
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return tensor.is_meta or (tensor.is_floating_point() and bool(torch.isfinite(tensor).all()))
+def _is_finite(tensor: Tensor, own: Tensor) -> bool:
+    """Finite, and fractions where the model's own are: not the counts of a batch norm."""
+    if tensor.is_floating_point() != own.is_floating_point():
+        return False
+    return tensor.is_meta or bool(torch.isfinite(tensor).all())
 
 
 def _is_dispensable(name: str, tensor: Tensor) -> bool:

@@ -107,7 +107,8 @@ class ClassificationConfig:
             CheckpointError: ``init_checkpoint`` cannot be read. ConfigError: values that do not fit together.
         """
         model = self.model
-        complete = None not in (model.size, model.patch_size, model.width, model.depth, model.num_heads)
+        numbers = (model.size, model.patch_size, model.width, model.depth, model.num_heads)
+        complete = None not in (*numbers, model.pooled_norm)  # of a config that was resolved before
         if self.init_checkpoint is None or (complete and self.data.own_statistics):
             return self.filled(None)
         return self.filled(read_checkpoint(self.init_checkpoint).info)

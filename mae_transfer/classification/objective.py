@@ -65,8 +65,8 @@ class ClassificationRun(Objective[LabelledBatch]):
         self.goes_on = before is not None
         self.takes_steps = config.protocol != "knn"
         data = self.config.data
-        train = open_once(lambda: self._open(data.train_roots), processes)
-        val = open_once(lambda: self._open(data.val_roots), processes)
+        train = open_once(lambda: self._open(data.train_roots, "data.train"), processes)
+        val = open_once(lambda: self._open(data.val_roots, "data.val"), processes)
         labels = train.labels
         if labels is None:
             raise ConfigError(
@@ -100,10 +100,11 @@ class ClassificationRun(Objective[LabelledBatch]):
                 "one image at a time, which has no batch statistics; a linear probe needs two or more"
             )
 
-    def _open(self, roots: Sequence[Path]) -> Source:
+    def _open(self, roots: Sequence[Path], key: str) -> Source:
         """Labelled images of a run; float values are taken as they are where their statistics were given."""
         data = self.given.data
-        return open_source(roots, channels=data.channels, floats=data.own_statistics, cache=data.scan_cache_folder)
+        floats, cache = data.own_statistics, data.scan_cache_folder
+        return open_source(roots, channels=data.channels, floats=floats, cache=cache, key=key)
 
     def _build_model(self) -> Classifier:
         """The classifier, weights drawn from ``run.seed``, its encoder from the checkpoint, its frozen part frozen. A

@@ -188,3 +188,15 @@ def test_a_section_is_frozen_and_takes_keywords_only() -> None:
         config.protocol = "linear"
     with pytest.raises(TypeError):
         ClassificationConfig("linear")  # type: ignore[misc]
+
+
+def test_sizes_and_statistics_given_by_hand_leave_the_rest_to_the_checkpoint(tmp_path: Path) -> None:
+    vit = build_vit("tiny", image_size=32, patch_size=8, layer_scale=1.0, final_norm=False)
+    path = tmp_path / "encoder.safetensors"
+    write_safetensors(path, vit.state_dict(), describe(vit).to_metadata())
+    given = ["data.train=a", "data.val=b", f"init_checkpoint={path}", "data.mean=[0,0,0]", "data.std=[1,1,1]"]
+    given += ["model.size=tiny", "model.patch_size=8", "model.width=192", "model.depth=12", "model.num_heads=3"]
+    config = read_config(ClassificationConfig, None, given).resolved()
+    assert config.model.architecture == {"layer_scale": 1.0, "final_norm": False}
+    path.unlink()
+    assert config.resolved() == config, "which needs no file any more"
