@@ -132,10 +132,11 @@ def _said_in(path: Path) -> dict[str, Any]:
         content = json.loads(text)
     except json.JSONDecodeError:
         return {}  # the reader of the weights says what is wrong with it
-    return _said_by_timm(content.get("pretrained_cfg", {})) if isinstance(content, Mapping) else {}
+    return said_by_timm(content.get("pretrained_cfg", {})) if isinstance(content, Mapping) else {}
 
 
-def _said_by_timm(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def said_by_timm(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """``EncoderInfo`` fields of timm's ``pretrained_cfg``."""
     fields: dict[str, Any] = {name: tuple(cfg[name]) for name in ("mean", "std") if cfg.get(name)}
     return fields | ({"license": cfg["license"]} if cfg.get("license") else {})
 
@@ -155,7 +156,7 @@ def _fetch_timm(name: str) -> Fetched:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {', '.join(f'timm/{other}' for other in close)}?" if close else ""
         raise CheckpointError(f"timm/{name} is neither a file here nor a model that timm has weights of{hint}")
-    said = _said_by_timm(cfg.to_dict()) | _measured(architecture)
+    said = said_by_timm(cfg.to_dict()) | _measured(architecture)
     if cfg.hf_hub_id:
         fetched = _fetch_hub(cfg.hf_hub_id, None, cfg.hf_hub_filename)
         return Fetched(path=fetched.path, fields=fetched.fields | said)

@@ -73,7 +73,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     fetched = hub.fetch(path)
     checkpoint = _read(fetched.path)
     # What the file says of itself stands; its place says where it is from, and the rest.
-    said = fetched.fields if not checkpoint.has_metadata else {"source": fetched.fields["source"]}
+    ours = "license" in checkpoint.certain
+    said = {"source": fetched.fields["source"]} if ours else fetched.fields
     if not checkpoint.info.license:
         said = {"license": fetched.fields.get("license", "")} | said
     return replace(checkpoint, info=replace(checkpoint.info, **said))
@@ -123,7 +124,9 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         )
     around = _by_surroundings(prefix, outside) if family.name == "vit" else None
     name, license = around or (family.name, family.license)
-    facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license}
+    timms = config.get("pretrained_cfg")
+    said = hub.said_by_timm(timms) if isinstance(timms, Mapping) else {}
+    facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license} | said
     with _damage_told(path, family.title):
         info = infer_info(converted.tensors, family=name, source=str(path), fields=facts | converted.fields)
         check_complete(converted.tensors, info, path, family.title)
@@ -137,7 +140,7 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         family=info.family,
         tensors=converted.tensors,
         info=info,
-        has_metadata="image_mean" in config,
+        has_metadata="image_mean" in config or "mean" in said,
         certain=frozenset(converted.fields),
         left_out=converted.left_out,
     )

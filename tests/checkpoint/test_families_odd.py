@@ -86,6 +86,15 @@ def test_flexivit_is_read_where_its_config_says_so(tmp_path: Path) -> None:
         assert_equal(features(read(tmp_path)[0], images), theirs.forward_features(images))
 
 
+def test_a_folder_of_timms_says_its_mean_and_licence(tmp_path: Path) -> None:
+    from timm.models import save_for_hf
+
+    name = "vit_tiny_patch16_224.augreg_in21k"
+    save_for_hf(timm.create_model(name, pretrained=False, **SMALL), tmp_path, safe_serialization=True)
+    checkpoint = read_checkpoint(tmp_path)
+    assert (checkpoint.info.mean, checkpoint.info.license, checkpoint.has_metadata) == ((0.5,) * 3, "apache-2.0", True)
+
+
 @pytest.mark.parametrize("missing", ["norm.weight", "norm.bias"])
 def test_half_a_norm_of_dinov3s_is_missed(missing: str, tmp_path: Path) -> None:
     path, theirs = timm_file(tmp_path, "vit_small_patch16_dinov3", img_size=64)
