@@ -83,12 +83,22 @@ def difference(metric: str, pretrained: float, random: float) -> str:
     return f"{said}. The pretrained start is {abs(gap):.1f} points {'higher' if gap > 0 else 'lower'}."
 
 
-def panel(path: Path, index: int, side: int, *, top: int = 0) -> Image.Image:
-    """One of the square panels that stand side by side in a tool's picture; detection enlarges small ones."""
+def detection_panel(path: Path, index: int) -> Image.Image:
+    """Of a detection run's picture: 0 the ground truth, 1 the predictions."""
+    return _panel(path, index, count=2, top=0)
+
+
+def segmentation_panel(path: Path, index: int) -> Image.Image:
+    """Of a segmentation run's picture: 0 the image, 1 the ground truth, 2 the prediction."""
+    return _panel(path, index, count=3, top=_TITLE_BAR)
+
+
+def _panel(path: Path, index: int, *, count: int, top: int) -> Image.Image:
+    """One of the square panels that stand side by side, enlarged by the tool that drew them."""
     with Image.open(path) as picture:
-        drawn = side if top else picture.height
-        left = index * (drawn + _PANEL_GAP)
-        return picture.convert("RGB").crop((left, top, left + drawn, top + drawn))
+        side = (picture.width - (count - 1) * _PANEL_GAP) // count
+        left = index * (side + _PANEL_GAP)
+        return picture.convert("RGB").crop((left, top, left + side, top + side))
 
 
 def _shared_pictures(folders: Sequence[Path]) -> list[str]:
@@ -122,12 +132,11 @@ def _score_table(page: Page, scores: dict[str, dict[str, float]], caption: str) 
     page.table(["per cent", *STARTS.values(), "difference"], rows, caption=caption)
 
 
-def overview(layout: Layout, size: DemoSize, *, rows: int = 2) -> list[list[Image.Image]]:
+def overview(layout: Layout, *, rows: int = 2) -> list[list[Image.Image]]:
     """The demo in a few pictures: scenes of the validation set as in OVERVIEW_COLUMNS, all of the scenes' size.
 
     Args:
         layout: where a finished demo's files are.
-        size: what it was run with.
         rows: scenes, at most.
     """
     detection, segmentation = layout.detection("pretrained"), layout.segmentation("pretrained")
@@ -142,8 +151,8 @@ def overview(layout: Layout, size: DemoSize, *, rows: int = 2) -> list[list[Imag
             [
                 scene,
                 *(picture.resize(scene.size, Image.Resampling.NEAREST) for picture in small),
-                panel(detection / "predictions" / name, 1, size.side).resize((_TILE, _TILE)),
-                panel(segmentation / "predictions" / name, 2, size.side, top=_TITLE_BAR),
+                detection_panel(detection / "predictions" / name, 1).resize((_TILE, _TILE)),
+                segmentation_panel(segmentation / "predictions" / name, 2).resize((_TILE, _TILE)),
             ]
         )
     return found
@@ -171,7 +180,7 @@ def build_page(layout: Layout, size: DemoSize, stages: Sequence[Stage], records:
         "starts Mask R-CNN in Detectron2, UperNet in MMSegmentation and a classifier, each beside the same run from "
         "random weights.",
     )
-    panels = overview(layout, size)
+    panels = overview(layout)
     save_overview(panels, layout.out / "overview.png")
     detection = {start: detection_scores(layout, start) for start in STARTS}
     segmentation = {start: segmentation_scores(layout, start) for start in STARTS}
@@ -289,8 +298,8 @@ def _detection(page: Page, layout: Layout, size: DemoSize, scores: dict[str, dic
     folders = [layout.detection(start) for start in STARTS]
     rows = [
         [
-            panel(folders[0] / "predictions" / name, 0, size.side),
-            *(panel(folder / "predictions" / name, 1, size.side) for folder in folders),
+            detection_panel(folders[0] / "predictions" / name, 0),
+            *(detection_panel(folder / "predictions" / name, 1) for folder in folders),
         ]
         for name in _shared_pictures(folders)
     ]
@@ -315,9 +324,9 @@ def _segmentation(page: Page, layout: Layout, size: DemoSize, scores: dict[str, 
     folders = [layout.segmentation(start) for start in STARTS]
     rows = [
         [
-            panel(folders[0] / "predictions" / name, 0, size.side, top=_TITLE_BAR),
-            panel(folders[0] / "predictions" / name, 1, size.side, top=_TITLE_BAR),
-            *(panel(folder / "predictions" / name, 2, size.side, top=_TITLE_BAR) for folder in folders),
+            segmentation_panel(folders[0] / "predictions" / name, 0),
+            segmentation_panel(folders[0] / "predictions" / name, 1),
+            *(segmentation_panel(folder / "predictions" / name, 2) for folder in folders),
         ]
         for name in _shared_pictures(folders)
     ]

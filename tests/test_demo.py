@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mae_transfer.charts import Series
 from mae_transfer.demo import main, run_demo, run_stage
-from mae_transfer.demo_page import averaged, curve, difference
+from mae_transfer.demo_page import averaged, curve, detection_panel, difference, segmentation_panel
 from mae_transfer.demo_plan import FULL, ROOT, SIZES, SMOKE, Layout, Stage, last_value, shown, stages
 from mae_transfer.errors import ConfigError, RunFailed, run_tool
 
@@ -163,3 +165,26 @@ def test_the_smallest_demo_from_end_to_end_and_again(tmp_path: Path) -> None:
     records = {path.name: path.read_text() for path in (out / "stages").iterdir()}
     run_demo(out, "smoke")  # only the page is made again
     assert {path.name: path.read_text() for path in (out / "stages").iterdir()} == records
+
+
+@pytest.mark.parametrize("side", [64, 128, 512])
+def test_a_panel_of_a_tools_picture_is_the_whole_scene(side: int, tmp_path: Path) -> None:
+    """Whatever the tools enlarge small scenes by: cut out and brought back, it is what they have drawn."""
+    pytest.importorskip("detectron2")
+    from mae_transfer.detection.visualize import readable_scale, save_image, side_by_side
+    from mae_transfer.segmentation.visualize import draw_segmentation, overlay, save_picture
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    truth, prediction = rng.integers(0, 2, (2, side, side), dtype=np.uint8)
+    palette = [(255, 0, 0), (0, 0, 255)]
+    save_picture(draw_segmentation(image, prediction, ["a", "b"], palette, truth), tmp_path / "segmentation.png")
+    for index, drawn in enumerate((image, overlay(image, truth, palette), overlay(image, prediction, palette))):
+        panel = segmentation_panel(tmp_path / "segmentation.png", index)
+        np.testing.assert_array_equal(np.asarray(panel.resize((side, side), Image.Resampling.NEAREST)), drawn)
+    scale = readable_scale(image)
+    large = np.asarray(Image.fromarray(image).resize((scale * side, scale * side), Image.Resampling.NEAREST))
+    save_image(side_by_side(large, 255 - large), tmp_path / "detection.png")
+    for index, drawn in enumerate((image, 255 - image)):
+        panel = detection_panel(tmp_path / "detection.png", index)
+        np.testing.assert_array_equal(np.asarray(panel.resize((side, side), Image.Resampling.NEAREST)), drawn)
