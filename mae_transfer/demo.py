@@ -143,7 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="The whole chain on scenes composed here: pretrain, convert, Mask R-CNN and UperNet from the "
         "pretrained encoder and from random weights, and one HTML page with all of it. Started again, it goes on."
     )
-    parser.add_argument("--size", choices=sorted(SIZES), default="full", help="full: fifteen to twenty minutes on two cores")
+    parser.add_argument(
+        "--size", choices=sorted(SIZES), default="full", help="full: fifteen to twenty minutes on two cores"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder to write (default: %(default)s)")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways of being stopped stop the running tool too

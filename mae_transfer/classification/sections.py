@@ -85,9 +85,8 @@ class ModelConfig:
     depth: int | None = None
     num_heads: int | None = None
     pool: str | None = None  # mean: of the patch tokens; cls. Null: mean in finetune and partial, cls in linear and knn
-    pooled_norm: bool | None = (
-        None  # the encoder's norm is one of averaged patches (fc_norm); null: as in the checkpoint
-    )
+    # Whether the encoder's norm is one of averaged patches (fc_norm), as fine-tuning leaves it; null: the checkpoint's.
+    pooled_norm: bool | None = None
     drop_path: float | None = None  # null: the size's own in finetune and partial, else 0
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     # What else ``VisionTransformer`` takes (layer_scale, num_registers, rope_base …); null: as the checkpoint has it.
