@@ -157,6 +157,7 @@ def _fetch_timm(name: str) -> Fetched:
         hint = f"; did you mean {', '.join(f'timm/{other}' for other in close)}?" if close else ""
         raise CheckpointError(f"timm/{name} is neither a file here nor a model that timm has weights of{hint}")
     said = said_by_timm(cfg.to_dict()) | _measured(architecture)
+    said.pop("width", None)
     if cfg.hf_hub_id:
         fetched = _fetch_hub(cfg.hf_hub_id, None, cfg.hf_hub_filename)
         return Fetched(path=fetched.path, fields=fetched.fields | said)
@@ -167,16 +168,44 @@ def _fetch_timm(name: str) -> Fetched:
     return Fetched(path=path, fields={"source": f"timm/{name}"} | said)
 
 
-def _measured(architecture: str) -> dict[str, Any]:
-    """What of a model's numbers no file says: heads, and the eps of norms."""
+def said_beside_timms(config: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """``EncoderInfo`` fields of the ``config.json`` that timm writes beside weights ``width`` wide; of any other, none.
+
+    Raises:
+        CheckpointError: it names a model that computes something else.
+    """
+    import timm
+
+    given, architecture = config.get("pretrained_cfg"), config.get("architecture")
+    if not isinstance(given, Mapping):
+        return {}
+    said = said_by_timm(given)
+    if isinstance(architecture, str) and timm.is_model(architecture):
+        arguments = config.get("model_args")
+        numbers = _measured(architecture, **(arguments if isinstance(arguments, Mapping) else {}))
+        said |= numbers if numbers.pop("width", width) == width else {}  # one that was built otherwise says nothing
+    return said
+
+
+def _measured(architecture: str, **arguments: Any) -> dict[str, Any]:
+    """What of a model's numbers no file says: heads, and the eps of norms; and its width.
+
+    Raises:
+        CheckpointError: rotary positions, of which the weights show nothing, in a model other than DINOv3.
+    """
     import timm
 
     with torch.device("meta"):
-        model = timm.create_model(architecture)
+        model = timm.create_model(architecture, **arguments)
+    if getattr(model, "rope", None) is not None and "dinov3" not in architecture:
+        raise CheckpointError(
+            f"timm's {architecture} has rotary positions, which this encoder has as DINOv3 does alone"
+        )
     found: dict[str, Any] = {}
     try:
         found["num_heads"] = model.blocks[0].attn.num_heads
         found["norm_eps"] = model.blocks[0].norm1.eps
+        found["width"] = model.embed_dim
     except (AttributeError, TypeError, IndexError):
         pass  # no Vision Transformer: its reader says so
     return found

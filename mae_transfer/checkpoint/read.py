@@ -124,8 +124,8 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         )
     around = _by_surroundings(prefix, outside) if family.name == "vit" else None
     name, license = around or (family.name, family.license)
-    timms = config.get("pretrained_cfg")
-    said = hub.said_by_timm(timms) if isinstance(timms, Mapping) else {}
+    with _damage_told(path, family.title):
+        said = hub.said_beside_timms(config, converted.tensors["patch_embed.proj.weight"].shape[0])
     facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license} | said
     with _damage_told(path, family.title):
         info = infer_info(converted.tensors, family=name, source=str(path), fields=facts | converted.fields)
@@ -141,7 +141,7 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         tensors=converted.tensors,
         info=info,
         has_metadata="image_mean" in config or "mean" in said,
-        certain=frozenset(converted.fields),
+        certain=frozenset({*converted.fields, *said}),
         left_out=converted.left_out,
     )
 

@@ -95,6 +95,29 @@ def test_a_folder_of_timms_says_its_mean_and_licence(tmp_path: Path) -> None:
     assert (checkpoint.info.mean, checkpoint.info.license, checkpoint.has_metadata) == ((0.5,) * 3, "apache-2.0", True)
 
 
+def test_a_folder_of_timms_says_its_heads(tmp_path: Path) -> None:
+    """``test_vit`` is 64 wide with two heads; an encoder so wide would be taken to have one."""
+    from timm.models import save_for_hf
+
+    theirs = randomised(timm.create_model("test_vit", pretrained=False))
+    save_for_hf(theirs, tmp_path, safe_serialization=True)
+    images = pictures(160, 160)
+    vit, checkpoint = read(tmp_path)
+    assert checkpoint.info.num_heads == 2
+    with torch.no_grad():
+        assert_equal(features(vit, images), theirs.forward_features(images))
+
+
+def test_a_folder_of_timms_says_that_it_has_rotary_positions(tmp_path: Path) -> None:
+    """Beside a table; the weights alone look like DeiT III's."""
+    from timm.models import save_for_hf
+
+    theirs = timm.create_model("vit_small_patch16_rope_ape_224", img_size=64, **SMALL)
+    save_for_hf(theirs, tmp_path, safe_serialization=True)
+    with pytest.raises(CheckpointError, match="has rotary positions"):
+        read_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("missing", ["norm.weight", "norm.bias"])
 def test_half_a_norm_of_dinov3s_is_missed(missing: str, tmp_path: Path) -> None:
     path, theirs = timm_file(tmp_path, "vit_small_patch16_dinov3", img_size=64)
