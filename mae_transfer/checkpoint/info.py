@@ -137,7 +137,7 @@ def infer_info(
         fields: what is known of the family, or of a config beside the file; it wins.
 
     Raises:
-        CheckpointError: no encoder in our key names, or a position table that is no square grid.
+        CheckpointError: no encoder in our key names, or a position table that is no square grid or of another width.
     """
     known = dict(fields or {})
     needed = ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight"]
@@ -150,12 +150,17 @@ def infer_info(
             f"{len(tensors)} tensors (first: {', '.join(list(tensors)[:5]) or 'none'})"
         )
     for key, axes in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc2.weight", 2), ("pos_embed", 3)):
-        if key in tensors and tensors[key].ndim != axes:
+        if key in tensors and (tensors[key].ndim != axes or not tensors[key].numel()):
             raise CheckpointError(
-                f"{source}: {key} is {tuple(tensors[key].shape)}, expected {axes} axes; the file is damaged, or of a "
-                "model that is not known here"
+                f"{source}: {key} is {tuple(tensors[key].shape)}, expected {axes} axes, none empty; the file is "
+                "damaged, or of a model that is not known here"
             )
     width, channels, p_h, p_w = tensors["patch_embed.proj.weight"].shape
+    if "pos_embed" in tensors and tensors["pos_embed"].shape[2] != width:
+        raise CheckpointError(
+            f"{source}: pos_embed is {tuple(tensors['pos_embed'].shape)}, expected {width} channels as the patch "
+            "projection has; the file is damaged"
+        )
     if "image_size" not in known or "pos_embed" in tensors:
         known["image_size"] = _image_size(tensors["pos_embed"], (p_h, p_w), known.get("image_size"), source)
     grid = known["image_size"][0] // p_h, known["image_size"][1] // p_w

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mae_transfer.checkpoint.formats.base import Exported, Format, Tensors, check_carried
+from mae_transfer.checkpoint.formats.decoder import check_decoder, decoder_depth, has_decoder
 from mae_transfer.checkpoint.info import EncoderInfo
 from mae_transfer.checkpoint.names import summarise
 from mae_transfer.errors import CheckpointError
@@ -43,25 +44,16 @@ def export(tensors: Tensors, info: EncoderInfo) -> Exported:
 
     Raises:
         CheckpointError: anything beyond a plain encoder and MAE's own decoder; with a decoder, an oblong image or
-            patch, of which transformers cannot build the model.
+            patch, of which transformers cannot build the model, or a decoder that is not whole.
     """
-    decoder = "decoder_pred.weight" in tensors
+    decoder = has_decoder(tensors)
     carried = frozenset({"eps"} if decoder else {"eps", "oblong"})
     check_carried(tensors, info, title="Hugging Face's ViTMAE", carried=carried)
-    heads = [name for name in tensors if _HEADS.match(name)]
-    result: Tensors = {}
-    foreign = []
-    for name, tensor in tensors.items():
-        if name in heads or (not decoder and name in ("mask_token", "encoder_mask_token")):
-            continue
-        theirs = _their_names(name, prefix="vit." if decoder else "")
-        if theirs is None:
-            foreign.append(name)
-        elif len(theirs) == 1:
-            result[theirs[0]] = tensor
-        else:
-            result |= dict(zip(theirs, tensor.chunk(3), strict=True))
-    if foreign:
+    left_out = [name for name in tensors if _HEADS.match(name)]
+    left_out += [name for name in tensors if not decoder and name.endswith("mask_token")]
+    prefix = "vit." if decoder else ""
+    names = {name: _their_names(name, prefix=prefix) for name in tensors if name not in left_out}
+    if foreign := [name for name, theirs in names.items() if not theirs]:
         raise CheckpointError(
             f"Hugging Face's ViTMAE has no place for {summarise(foreign)}; --encoder-only leaves the decoder out"
         )
@@ -70,12 +62,16 @@ def export(tensors: Tensors, info: EncoderInfo) -> Exported:
             f"transformers builds ViTMAEForPreTraining for square grids only, not {info.grid[0]}x{info.grid[1]}; "
             "--encoder-only writes a ViTMAEModel, which may be oblong, or --image-size makes it square"
         )
+    if decoder:
+        check_decoder(tensors, info)
+    result: Tensors = {}
+    for name, theirs in names.items():
+        result |= dict(zip(theirs, tensors[name].chunk(len(theirs)), strict=True))
     files = {
         "config.json": _text(config(tensors, info, decoder=decoder)),
         "preprocessor_config.json": _text(preprocessor(info)),
     }
-    written = heads + [name for name in tensors if not decoder and name.endswith("mask_token")]
-    return Exported(tensors=result, left_out=written, names="hf", files=files)
+    return Exported(tensors=result, left_out=left_out, names="hf", files=files)
 
 
 def restore(tensors: Tensors, info: EncoderInfo) -> Tensors:
@@ -110,20 +106,20 @@ def restore(tensors: Tensors, info: EncoderInfo) -> Tensors:
     return result
 
 
-def _their_names(name: str, *, prefix: str) -> list[str] | None:
-    """One name, or three of queries, keys and values; None where there is no place."""
+def _their_names(name: str, *, prefix: str) -> list[str]:
+    """One name, or three of queries, keys and values; none where there is no place."""
     if match := _BLOCK.match(name):
         layer = f"decoder.decoder_layers.{match[2]}" if match[1] else f"{prefix}encoder.layer.{match[2]}"
         if match[3] == "attn.qkv":
             return [f"{layer}.attention.attention.{part}.{match[4]}" for part in _QKV]
-        return [f"{layer}.{_LAYER[match[3]]}.{match[4]}"] if match[3] in _LAYER else None
+        return [f"{layer}.{_LAYER[match[3]]}.{match[4]}"] if match[3] in _LAYER else []
     for table, below in ((_EMBEDDINGS, prefix), (_DECODER, "")):
         stem, dot, end = name.rpartition(".")
         if name in table:
             return [below + table[name]]
         if stem in table and end in ("weight", "bias"):
             return [f"{below}{table[stem]}{dot}{end}"]
-    return None
+    return []
 
 
 def config(tensors: Tensors, info: EncoderInfo, *, decoder: bool) -> dict[str, Any]:
@@ -149,31 +145,19 @@ def config(tensors: Tensors, info: EncoderInfo, *, decoder: bool) -> dict[str, A
         "torch_dtype": str(tensors["cls_token"].dtype).removeprefix("torch."),
     }
     if decoder:
-        if absent := [name for name in _decoder_names(tensors) if name not in tensors]:
-            raise CheckpointError(f"the decoder lacks {summarise(absent)}; --encoder-only leaves it out")
         width = tensors["decoder_embed.weight"].shape[0]
         if info.decoder_num_heads is None and width % 16:
             raise CheckpointError(
                 "the source does not say how many heads its decoder has, and it is none of the published ones, which "
                 "have 16; --encoder-only leaves it out"
             )
-        blocks = [int(match[2]) for name in tensors if (match := _BLOCK.match(name)) and match[1]]
         values |= {
             "decoder_hidden_size": width,
-            "decoder_num_hidden_layers": 1 + max(blocks),
+            "decoder_num_hidden_layers": decoder_depth(tensors),
             "decoder_num_attention_heads": info.decoder_num_heads or 16,  # every published decoder has 16
             "decoder_intermediate_size": tensors["decoder_blocks.0.mlp.fc1.weight"].shape[0],
         }
     return values
-
-
-def _decoder_names(tensors: Tensors) -> list[str]:
-    """What a decoder of so many blocks consists of."""
-    count = 1 + max((int(match[2]) for name in tensors if (match := _BLOCK.match(name)) and match[1]), default=0)
-    layers = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
-    stems = ["decoder_embed", *(f"decoder_blocks.{block}.{layer}" for block in range(count) for layer in layers)]
-    stems += ["decoder_norm", "decoder_pred"]
-    return [*(f"{stem}.{end}" for stem in stems for end in ("weight", "bias")), "mask_token", "decoder_pos_embed"]
 
 
 def preprocessor(info: EncoderInfo) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mae_transfer.checkpoint.formats.base import Exported, Format, Tensors, check_carried
+from mae_transfer.checkpoint.formats.decoder import check_decoder, has_decoder
 from mae_transfer.checkpoint.info import EncoderInfo
 from mae_transfer.checkpoint.names import encoder_state
 
@@ -28,6 +29,9 @@ def _official(tensors: Tensors, info: EncoderInfo) -> Exported:
     # A fine-tuned file has a norm of the averaged patches in place of the encoder's.
     carried = frozenset({"oblong", *(["no_norm"] if "fc_norm.weight" in tensors else [])})
     check_carried(tensors, info, title="the official MAE file", carried=carried)
+    crosses = any(".cross_attn." in name for name in tensors)  # CrossMAE's decoder
+    if has_decoder(tensors) and not crosses:
+        check_decoder(tensors, info)
     return Exported(tensors=dict(tensors))
 
 
