@@ -30,6 +30,7 @@ HUGGING_FACE_FILES = (
 # The state dict of a training checkpoint hides below one of these; an average of the weights is what timm reads too.
 _NESTS = ("state_dict_ema", "model_ema", "model", "state_dict", "model_state", "module", "teacher", "student")
 
+_HOSTS = ("detectron2", "mmseg")  # which have encoders without a cls token and norm
 _OF_A_BLOCK = re.compile(r"(^|\.)(blocks|layers?)\.\d+\.")
 # Where a tensor that the encoder here has no place for changes its features.
 _OF_AN_ENCODER = re.compile(r"^(patch_embed|blocks|norm|norm_pre|rope|rel_pos_bias|pos_embed\w*|cls_token\w*)(\.|$)")
@@ -106,6 +107,8 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     if found is None:
         return _read_hosted(path, tensors)
     family, prefix = found
+    if family.name == "vit-gap" and (_by_surroundings(prefix, tensors) or ("", ""))[0] in _HOSTS:
+        return _read_hosted(path, tensors)  # its table keeps the row of the cls token that the host does without
     own, outside = {}, {}
     for name, tensor in tensors.items():
         if name.startswith(prefix):
@@ -192,7 +195,7 @@ def _read_hosted(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     prefix = _own_prefix(tensors)
     below, left_out = _below(tensors, prefix)
     around = _by_surroundings(prefix, left_out)
-    if around is None or around[0] not in ("detectron2", "mmseg"):
+    if around is None or around[0] not in _HOSTS:
         raise _unknown(path, tensors)
     family = around[0]
     with _damage_told(path, title := f"an encoder inside {family}"):

@@ -36,7 +36,8 @@ def recognise(tensors: Mapping[str, Tensor]) -> tuple[Family, str] | None:
 
 def prefixes(names: Iterable[str]) -> list[str]:
     """What may stand before an encoder's names, shortest first: of a file with two encoders the one that trains, whose
-    wrapper has the shorter name in the codes known here."""
+    wrapper has the shorter name in the codes known here; but a teacher, which is what is released, before its student.
+    """
     names = list(names)
     anchors = sorted({family.anchor for family in FAMILIES}, key=len, reverse=True)
     found = set()
@@ -47,8 +48,10 @@ def prefixes(names: Iterable[str]) -> list[str]:
                 if not prefix or prefix.endswith(_PREFIXES):
                     found.add(prefix)
                 break
-    if any("base_encoder." in name for name in names):  # where it is damaged, the other would be another model
-        found = {prefix for prefix in found if not prefix.endswith("momentum_encoder.")}
+    # Where the one is damaged, the other would be another model.
+    for one, other in (("base_encoder.", "momentum_encoder."), ("teacher.", "student.")):
+        if any(one in name for name in names):
+            found = {prefix for prefix in found if other not in prefix}
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 

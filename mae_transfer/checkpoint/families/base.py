@@ -199,8 +199,8 @@ def need(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
     return tensors[name]
 
 
-def register_tokens(tensors: Mapping[str, Tensor], path: Path) -> Tensor | None:
-    """(1, R, D), or None where there are none.
+def register_tokens(tensors: Tensors, path: Path) -> Tensor | None:
+    """(1, R, D), or None where there are none: an empty tensor of them is taken out.
 
     Raises:
         CheckpointError: another shape.
@@ -211,6 +211,9 @@ def register_tokens(tensors: Mapping[str, Tensor], path: Path) -> Tensor | None:
             f"{path}: register or distillation tokens are {tuple(registers.shape)}, expected (1, count, width); the "
             "file is damaged"
         )
+    if registers is not None and not registers.shape[1]:
+        del tensors["register_tokens"]
+        return None
     return registers
 
 

@@ -16,6 +16,7 @@ from mae_transfer.checkpoint.families.base import (
     has_norm,
     register_tokens,
     split_distillation,
+    square_side,
     with_cls_row,
 )
 from mae_transfer.errors import CheckpointError
@@ -42,7 +43,7 @@ def convert_plain(raw: Raw) -> Converted:
     """Names that differ, tokens besides cls, and tables without a cls row.
 
     A distillation token (DeiT) becomes a register. A table without a cls row (timm's with registers, DeiT III) gets a
-    row of zeros: the file's cls token has its position in it.
+    row of zeros: the file's cls token has its position in it, or the model has none (timm's ``class_token=False``).
     """
     for pattern, what in _FOREIGN.items():
         if any(re.search(pattern, name) for name in raw.tensors):
@@ -94,6 +95,9 @@ def _lay_out_positions(tensors: Tensors, raw: Raw) -> None:
         raise CheckpointError(f"{raw.path}: pos_embed is {tuple(table.shape)}; expected (1, tokens, width)")
     if "dist_token" in raw.tensors:
         split_distillation(tensors, raw.path)
+    elif "cls_token" not in tensors:
+        square_side(table.shape[1], "the number of positions, in a model without cls token,", raw.path)
+        tensors["pos_embed"] = with_cls_row(table)
     elif math.isqrt(table.shape[1]) ** 2 == table.shape[1]:
         # Of a square grid without a cls row, or of n - 1 by n + 1 patches with one: n² both.
         certain = any(name == "register_tokens" or name.endswith("ls1.gamma") for name in tensors)
@@ -127,4 +131,8 @@ FAMILIES = (
         license="cc-by-nc-4.0",
     ),
     _family("vit", "timm, DeiT, DINO, MoCo v3 or another Vision Transformer in timm's names", *_ALWAYS),
+    _family(
+        *("vit-gap", "timm's without a cls token", _POSITIONS, _QKV),
+        without=(_CLS, r"rel_pos_[hw]$", r"_bias_table$", r"\.gamma_1$"),
+    ),
 )

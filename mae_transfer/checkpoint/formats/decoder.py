@@ -47,7 +47,7 @@ def _shapes(tensors: Tensors, info: EncoderInfo) -> dict[str, tuple[int, ...]]:
     width = _length(tensors, "decoder_norm.weight")
     hidden = _length(tensors, "decoder_blocks.0.mlp.fc1.bias")
     pixels = prod(info.patch_size) * info.channels
-    block = {
+    block: dict[str, tuple[int, ...]] = {
         "norm1": (width,),
         "attn.qkv": (3 * width, width),
         "attn.proj": (width, width),
@@ -59,7 +59,10 @@ def _shapes(tensors: Tensors, info: EncoderInfo) -> dict[str, tuple[int, ...]]:
     for number in range(max(1, decoder_depth(tensors))):
         layers |= {f"decoder_blocks.{number}.{layer}": shape for layer, shape in block.items()}
     layers |= {"decoder_norm": (width,), "decoder_pred": (pixels, width)}
-    shapes = {"mask_token": (1, 1, width), "decoder_pos_embed": (1, 1 + prod(info.grid), width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "mask_token": (1, 1, width),
+        "decoder_pos_embed": (1, 1 + prod(info.grid), width),
+    }
     for layer, shape in layers.items():
         shapes |= {f"{layer}.weight": shape, f"{layer}.bias": shape[:1]}
     return shapes
