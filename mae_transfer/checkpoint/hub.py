@@ -25,6 +25,7 @@ _TIMM = re.compile(r"^timm/(?P<name>[^/]+)$")
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
 # What is read of a repository that names no file, the first that is there, and what is wanted beside it.
 _WEIGHTS = ("encoder.safetensors", "model.safetensors", "pytorch_model.bin")
+_ACTIVATIONS = ("GELU(approximate='none')", "SiLU()")  # the latter in a gated MLP, which the shapes show
 _BESIDE = ("config.json", "preprocessor_config.json", "README.md")
 
 
@@ -191,7 +192,8 @@ def _measured(architecture: str, **arguments: Any) -> dict[str, Any]:
     """What of a model's numbers no file says: heads, and the eps of norms; and its width.
 
     Raises:
-        CheckpointError: rotary positions, of which the weights show nothing, in a model other than DINOv3.
+        CheckpointError: what the weights do not show and this encoder does not have: rotary positions in a model other
+            than DINOv3, another activation.
     """
     import timm
 
@@ -200,6 +202,11 @@ def _measured(architecture: str, **arguments: Any) -> dict[str, Any]:
     if getattr(model, "rope", None) is not None and "dinov3" not in architecture:
         raise CheckpointError(
             f"timm's {architecture} has rotary positions, which this encoder has as DINOv3 does alone"
+        )
+    activation = getattr(getattr(next(iter(getattr(model, "blocks", ())), None), "mlp", None), "act", None)
+    if activation is not None and repr(activation) not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"timm's {architecture} has the activation {activation!r}; this encoder has {' or '.join(_ACTIVATIONS)}"
         )
     found: dict[str, Any] = {}
     try:

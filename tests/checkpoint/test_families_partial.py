@@ -85,3 +85,13 @@ def test_dinov2s_training_gives_the_teacher(tmp_path: Path) -> None:
     torch.save({"model": state}, tmp_path / "damaged.pth")
     with pytest.raises(CheckpointError):
         read_checkpoint(tmp_path / "damaged.pth")
+
+
+def test_another_activation_is_refused_where_the_config_says_it(tmp_path: Path) -> None:
+    """SigLIP 2's, in the names and shapes of timm's other models without a cls token."""
+    from timm.models import save_for_hf
+
+    theirs = timms("vit_base_patch32_siglip_gap_256", patch_size=16)
+    save_for_hf(theirs, tmp_path, safe_serialization=True)
+    with pytest.raises(CheckpointError, match=r"vit_base_patch32_siglip_gap_256 has the activation GELUTanh\(\)"):
+        read_checkpoint(tmp_path)
