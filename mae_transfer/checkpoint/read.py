@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae_transfer.checkpoint import families, formats, hub
 from mae_transfer.checkpoint.build import empty_encoder
-from mae_transfer.checkpoint.families.plain import is_moco_v3
+from mae_transfer.checkpoint.families.plain import is_moco_v3, is_released
 from mae_transfer.checkpoint.files import read_safetensors, read_torch
 from mae_transfer.checkpoint.info import EncoderInfo, infer_info
 from mae_transfer.checkpoint.names import summarise
@@ -48,7 +48,7 @@ class Checkpoint:
         info: architecture and input convention.
         has_metadata: the input convention was read from the file, not assumed.
         certain: fields of ``info`` that the file or its family says, where others follow from the shapes.
-        left_out: names in the file that have no place here.
+        left_out: names in the file that have no place here; of other state dicts in it, with what they stand below.
     """
 
     path: Path
@@ -78,11 +78,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     said = {"source": fetched.fields["source"]} if ours else fetched.fields
     if not checkpoint.info.license:
         said = {"license": fetched.fields.get("license", "")} | said
-    return replace(checkpoint, info=replace(checkpoint.info, **said))
+    return replace(checkpoint, info=replace(checkpoint.info, **said), certain=checkpoint.certain | said.keys())
 
 
 def _read(path: Path) -> Checkpoint:
-    tensors, metadata = read_tensors(path)
+    tensors, metadata, passed_over = _read_file(path)
+    checkpoint = _of_tensors(path, tensors, metadata)
+    return replace(checkpoint, left_out=[*checkpoint.left_out, *passed_over])
+
+
+def _of_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
     if {"family", "width", "num_heads"} <= metadata.keys():  # ours; others may have a "family" too
         info = EncoderInfo.from_metadata(metadata, str(path))
         if names := metadata.get("names"):
@@ -126,7 +131,7 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
             "known here"
         )
     around = _by_surroundings(prefix, outside) if family.name == "vit" else None
-    name, license = around or (family.name, family.license)
+    name, license = around or (family.name, family.license_beside(config))
     with _damage_told(path, family.title):
         said = hub.said_beside_timms(config, converted.tensors["patch_embed.proj.weight"].shape[0])
     facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license} | said
@@ -138,6 +143,8 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
         info = replace(info, family="mae", license="cc-by-nc-4.0")
     elif name == "vit" and is_moco_v3(converted.tensors, prefix):
         info = replace(info, family="moco-v3", license="cc-by-nc-4.0")
+    elif not is_released(info):
+        info = replace(info, family="vit", license=said.get("license", ""))
     return Checkpoint(
         path=path,
         family=info.family,
@@ -289,8 +296,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: missing, damaged, unsafe, or without tensors.
     """
-    path = resolve_path(path)
+    tensors, metadata, _ = _read_file(resolve_path(path))
+    return tensors, metadata
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """``read_tensors``, and the names of tensors in other state dicts of the file."""
     metadata: dict[str, str] = {}
+    passed_over: list[str] = []
     if path.is_dir():
         tensors = {name.removeprefix("model."): tensor for name, tensor in read_shards(path, "model.").items()}
         metadata = {str(key): str(value) for key, value in read_facts(path).get("metadata", {}).items()}
@@ -300,12 +313,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, metadata = read_safetensors(path)
     else:
         content = read_pickle(path) if path.suffix == ".pkl" else read_torch(path)
-        tensors = find_state_dict(content, path)
+        tensors, passed_over = find_state_dict(content, path)
         if isinstance(content, Mapping) and isinstance(content.get("metadata"), Mapping):
             metadata = {str(key): str(value) for key, value in content["metadata"].items()}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; expected the weights of a Vision Transformer")
-    return tensors, metadata
+    return tensors, metadata, passed_over
 
 
 def _read_indexed(index: Path) -> dict[str, Tensor]:
@@ -324,8 +337,8 @@ def _read_indexed(index: Path) -> dict[str, Tensor]:
         file = index.with_name(Path(name).name)
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{index} names {name}, which is not beside it; fetch the whole folder again")
-        own = read_safetensors(file)[0] if file.suffix == ".safetensors" else find_state_dict(read_torch(file), file)
-        tensors |= own
+        safe = file.suffix == ".safetensors"
+        tensors |= read_safetensors(file)[0] if safe else find_state_dict(read_torch(file), file)[0]
     if absent := [name for name in places if name not in tensors]:
         raise CheckpointError(f"{index} names {summarise(absent)}, which its files lack; fetch the whole folder again")
     return tensors
@@ -355,17 +368,21 @@ def resolve_path(path: str | Path) -> Path:
     return path
 
 
-def find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The mapping of names to tensors in what ``torch.load`` gave, wherever it is nested."""
+def find_state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The mapping of names to tensors in what ``torch.load`` gave, wherever it is nested, and the names in others
+    beside it, such as the weights that an average was taken of."""
     visited: list[Any] = []
+    passed_over: list[str] = []
     while isinstance(content, Mapping) and not any(content is outer for outer in visited):
         visited.append(content)
-        nest = next((key for key in _NESTS if isinstance(content.get(key), Mapping)), None)
-        if nest is None:  # tensors beside a nest, such as the state of a random generator, are no weights
+        nests = [key for key in _NESTS if isinstance(content.get(key), Mapping)]
+        if not nests:  # tensors beside a nest, such as the state of a random generator, are no weights
             tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
             if tensors:
-                return tensors
+                return tensors, passed_over
             break
-        content = content[nest]
+        for key in nests[1:]:
+            passed_over += [f"{key}.{name}" for name, value in content[key].items() if isinstance(value, Tensor)]
+        content = content[nests[0]]
     found = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__
     raise CheckpointError(f"{path} holds no state dict: found {found}, expected tensors, or one of {', '.join(_NESTS)}")

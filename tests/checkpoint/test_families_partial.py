@@ -10,6 +10,7 @@ import timm
 import torch
 
 from mae_transfer.checkpoint import read_checkpoint
+from mae_transfer.checkpoint.inspection import inspect
 from mae_transfer.errors import CheckpointError
 from mae_transfer.vit import build_vit
 from tests.checkpoint.foreign import assert_equal, features, pictures, randomised, read
@@ -95,3 +96,39 @@ def test_another_activation_is_refused_where_the_config_says_it(tmp_path: Path) 
     save_for_hf(theirs, tmp_path, safe_serialization=True)
     with pytest.raises(CheckpointError, match=r"vit_base_patch32_siglip_gap_256 has the activation GELUTanh\(\)"):
         read_checkpoint(tmp_path)
+
+
+def test_what_an_average_was_taken_of_is_said_to_be_left(tmp_path: Path) -> None:
+    tensors = timms().state_dict()
+    average = {name: 0.5 * tensor for name, tensor in tensors.items()}
+    torch.save({"state_dict": tensors, "state_dict_ema": average, "epoch": 3}, tmp_path / "last.pth.tar")
+    checkpoint = read_checkpoint(tmp_path / "last.pth.tar")
+    assert torch.equal(checkpoint.tensors["cls_token"], average["cls_token"])
+    assert sorted(checkpoint.left_out) == sorted(f"state_dict.{name}" for name in tensors)
+    assert f"state_dict.* ({len(tensors)})" in inspect(tmp_path / "last.pth.tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "license"),
+    [
+        ("eva_large_patch14_196", "vit", ""),
+        ("vit_base_patch14_reg1_tipsv2", "vit", ""),
+        ("vit_base_patch14_reg4_dinov2", "dinov2", "apache-2.0"),
+    ],
+)
+def test_names_alone_are_no_licence(name: str, family: str, license: str, tmp_path: Path) -> None:
+    tensors = timm.create_model(name, depth=1).state_dict()
+    torch.save(tensors, tmp_path / "a.pth")
+    info = read_checkpoint(tmp_path / "a.pth").info
+    assert (info.family, info.license) == (family, license)
+
+
+def test_a_config_of_another_model_is_another_licence(tmp_path: Path) -> None:
+    from transformers import BeitConfig, BeitModel, Data2VecVisionConfig, Data2VecVisionModel
+
+    numbers: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    numbers |= {"use_relative_position_bias": True}
+    BeitModel(BeitConfig(**numbers)).save_pretrained(tmp_path / "beit")
+    Data2VecVisionModel(Data2VecVisionConfig(**numbers)).save_pretrained(tmp_path / "data2vec")
+    assert read_checkpoint(tmp_path / "beit").info.license == "mit"
+    assert read_checkpoint(tmp_path / "data2vec").info.license == ""

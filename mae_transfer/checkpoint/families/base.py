@@ -63,6 +63,7 @@ class Family:
         marks: patterns, each of which some name matches.
         without: patterns that no name matches.
         license: of the published weights, as the Hub spells it; empty where it differs from file to file.
+        model_types: what Hugging Face's ``config.json`` calls the models that the licence is of.
     """
 
     name: str
@@ -72,8 +73,15 @@ class Family:
     marks: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     license: str = ""
+    model_types: tuple[str, ...] = ()
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+    def license_beside(self, config: Mapping[str, Any]) -> str:
+        """The licence, unless ``config.json`` is of another model in these names: timm's, which says its own, or
+        another of Hugging Face's."""
+        other = bool(self.model_types) and config.get("model_type", self.model_types[0]) not in self.model_types
+        return "" if other or "pretrained_cfg" in config else self.license
 
     def share(self, names: Iterable[str]) -> float:
         """How many of what the family is known by is there, from 0 to 1."""

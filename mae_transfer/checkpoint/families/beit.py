@@ -112,6 +112,7 @@ FAMILIES = (
         convert=convert_huggingface,
         marks=(r"^encoder\.layer\.0\.attention\.attention\.query\.weight$", rf"^encoder\..*{_TABLE}$"),
         license="mit",
+        model_types=("beit",),
         mean=HALF,
         std=HALF,
     ),

@@ -149,5 +149,6 @@ FAMILIES = (
         convert=convert_huggingface,
         marks=(r"^embeddings\.cls_token$", r"layer\.0\.attention\.q_proj\.weight$"),
         license=_LICENSE,
+        model_types=("dinov3_vit",),
     ),
 )

@@ -109,7 +109,15 @@ def _family(name: str, title: str, *marks: str, **more: object) -> Family:
 # BEiT, whose layers have the same names, stands before these.
 FAMILIES = (
     _family("hf-vitmae", "Hugging Face ViTMAE for pretraining", r"^decoder\.decoder_pred\.weight$"),
-    _family("hf-dinov2", "Hugging Face DINOv2", r"layer\.0\.layer_scale1\.lambda1$", license="apache-2.0"),
-    _family("hf-deit", "Hugging Face DeiT", r"^embeddings\.distillation_token$", license="apache-2.0"),
+    _family(
+        "hf-dinov2",
+        "Hugging Face DINOv2",
+        r"layer\.0\.layer_scale1\.lambda1$",
+        license="apache-2.0",
+        model_types=("dinov2", "dinov2_with_registers"),
+    ),
+    _family(
+        "hf-deit", "Hugging Face DeiT", r"^embeddings\.distillation_token$", license="apache-2.0", model_types=("deit",)
+    ),
     _family("hf-vit", "Hugging Face ViT or ViTMAE without decoder", mean=HALF, std=HALF),
 )

@@ -19,6 +19,7 @@ from mae_transfer.checkpoint.families.base import (
     square_side,
     with_cls_row,
 )
+from mae_transfer.checkpoint.info import EncoderInfo
 from mae_transfer.errors import CheckpointError
 from mae_transfer.position import sincos_2d
 
@@ -29,6 +30,11 @@ _FOREIGN = {
     r"\.attn\.[qk]_norm\.": "norms of queries and keys",
     r"^attn_pool\.": "attention pooling (SigLIP)",
     r"\.mlp\.fc1_[gx]\.": "a gated MLP of two layers (EVA)",
+}
+# Patches of the released models of families whose names others have too, by width.
+_PATCHES = {
+    "mae-finetuned": {768: 16, 1024: 16, 1280: 14},
+    "dinov2": {384: 14, 768: 14, 1024: 14, 1536: 14},
 }
 _BLOCK = re.compile(r"^blocks\.(?:\d+\.)?(\d+)\.")  # official DINOv2 nests blocks in chunks while it trains
 
@@ -72,6 +78,15 @@ def convert_plain(raw: Raw) -> Converted:
     if is_moco_v3(tensors, raw.prefix) and tensors[ANCHOR].shape[0] == 384:
         fields["num_heads"] = 12  # its small model has heads of 32 (``vit_small`` of the released code), timm's of 64
     return Converted(tensors=tensors, fields=fields, left_out=list(raw.outside))
+
+
+def is_released(info: EncoderInfo) -> bool:
+    """Whether an encoder may be of its family's released models; not EVA in the names of a fine-tuned MAE, RADIO or
+    TIPS in those of DINOv2."""
+    patch = _PATCHES.get(info.family, {}).get(info.width)
+    if patch is None:
+        return True
+    return info.patch_size == (patch, patch) and (info.family != "dinov2" or info.num_registers in (0, 4))
 
 
 def is_moco_v3(tensors: Tensors, prefix: str) -> bool:
