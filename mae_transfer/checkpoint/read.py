@@ -243,9 +243,13 @@ def check_complete(tensors: Mapping[str, Tensor], info: EncoderInfo, path: Path,
     """Raises CheckpointError where an encoder lacks tensors, has others of a block besides, or has them in shapes that
     do not go together."""
     try:
-        wanted = {name: tuple(tensor.shape) for name, tensor in empty_encoder(info).state_dict().items()}
+        wanted: dict[str, tuple[int, ...]] = {
+            name: tuple(tensor.shape) for name, tensor in empty_encoder(info).state_dict().items()
+        }
     except ConfigError as error:
         raise CheckpointError(f"{path} looks like {title}, but its numbers do not go together: {error}") from error
+    if any(name.startswith("fc_norm.") for name in tensors):  # half of a norm is none: see ``pooled_norm``
+        wanted |= {f"fc_norm.{part}": (info.width,) for part in ("weight", "bias")}
     missing = [name for name in wanted if name not in tensors]
     besides = [name for name in tensors if _OF_AN_ENCODER.match(name) and name not in wanted]
     shapes = [

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from mae_transfer.checkpoint import read_checkpoint
+from mae_transfer.checkpoint import hub, load_backbone, read_checkpoint
 from mae_transfer.checkpoint.inspection import inspect
 from mae_transfer.errors import CheckpointError
 from mae_transfer.vit import build_vit
@@ -132,3 +132,19 @@ def test_a_config_of_another_model_is_another_licence(tmp_path: Path) -> None:
     Data2VecVisionModel(Data2VecVisionConfig(**numbers)).save_pretrained(tmp_path / "data2vec")
     assert read_checkpoint(tmp_path / "beit").info.license == "mit"
     assert read_checkpoint(tmp_path / "data2vec").info.license == ""
+
+
+@pytest.mark.parametrize("missing", ["fc_norm.weight", "fc_norm.bias"])
+def test_half_a_norm_of_averaged_patches_is_missed(missing: str, tmp_path: Path) -> None:
+    tensors = timms(global_pool="avg").state_dict()
+    torch.save({name: tensor for name, tensor in tensors.items() if name != missing}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=missing.replace(".", r"\.")):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_heads_that_an_address_says_are_held_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(timms(num_heads=4).state_dict(), tmp_path / "a.pth")
+    fetched = hub.Fetched(path=tmp_path / "a.pth", fields={"source": "timm/vit", "num_heads": 4})
+    monkeypatch.setattr(hub, "fetch", lambda address: fetched)
+    with pytest.raises(CheckpointError, match="attention has 4 heads, the model's 2"):
+        load_backbone(build_vit("tiny", image_size=64, width=128, depth=2, num_heads=2), "timm/vit")
