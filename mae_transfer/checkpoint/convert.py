@@ -16,6 +16,7 @@ from mae_transfer.checkpoint.formats import FORMATS, Exported, Format
 from mae_transfer.checkpoint.formats.base import parts
 from mae_transfer.checkpoint.info import EncoderInfo
 from mae_transfer.checkpoint.inspection import checkpoints_of, examine, inspect
+from mae_transfer.checkpoint.load import refuse_broken
 from mae_transfer.checkpoint.names import encoder_state
 from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
 from mae_transfer.checkpoint.resize import METHODS, resize_encoder
@@ -66,7 +67,7 @@ def convert(
 
     Raises:
         CheckpointError: unreadable source, something that the format has no place for, an ending that it does not
-            have, or a destination that exists.
+            have, a destination that exists, or weights that are no finite fractions.
         ConfigError: an image that is no whole number of patches.
     """
     if to not in FORMATS:
@@ -75,6 +76,7 @@ def convert(
     _check_destination(destination, format, overwrite=overwrite)
     checkpoint = read_checkpoint(source)
     whole = checkpoint.tensors
+    refuse_broken(encoder_state(whole), checkpoint.path)
     if encoder_only:
         checkpoint = replace(checkpoint, tensors=encoder_state(checkpoint.tensors))
     elif not format.decoder:

@@ -24,7 +24,10 @@ _HUB = re.compile(r"^hf:/{1,2}(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))
 _TIMM = re.compile(r"^timm/(?P<name>[^/]+)$")
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
 # What is read of a repository that names no file, the first that is there, and what is wanted beside it.
-_WEIGHTS = ("encoder.safetensors", "model.safetensors", "pytorch_model.bin")
+_WEIGHTS = (
+    *("encoder.safetensors", "model.safetensors", "pytorch_model.bin"),
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json"),  # of a model in several files
+)
 _ACTIVATIONS = ("GELU(approximate='none')", "SiLU()")  # the latter in a gated MLP, which the shapes show
 _BESIDE = ("config.json", "preprocessor_config.json", "README.md")
 
@@ -66,12 +69,26 @@ def _fetch_hub(repo: str, revision: str | None, file: str | None) -> Fetched:
     if path is None:
         raise CheckpointError(f"hf://{source} has no {' or '.join(wanted)}; give the file: hf://{source}/FILE")
     folder = f"{Path(file).parent}/" if file and "/" in file else ""
+    for name in _named_in(path):
+        if _download(repo, folder + name, revision) is None:
+            raise CheckpointError(f"hf://{source}/{folder}{path.name} names {name}, which the repository does not have")
     fields: dict[str, Any] = {"source": source}
     for name in _BESIDE:
         beside = _download(repo, name if name == "README.md" else folder + name, revision, required=False)
         if beside is not None:
             fields |= _said_in(beside)
     return Fetched(path=path, fields=fields)
+
+
+def _named_in(path: Path) -> list[str]:
+    """The files in one folder that an index names; none of any other file, or of an index that its reader refuses."""
+    if not path.name.endswith(".index.json"):
+        return []
+    try:
+        names = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []
+    return sorted(name for name in names if Path(name).name == name)
 
 
 def _download(repo: str, name: str, revision: str | None, *, required: bool = True) -> Path | None:
@@ -136,9 +153,13 @@ def _said_in(path: Path) -> dict[str, Any]:
     return said_by_timm(content.get("pretrained_cfg", {})) if isinstance(content, Mapping) else {}
 
 
-def said_by_timm(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def said_by_timm(cfg: object) -> dict[str, Any]:
     """``EncoderInfo`` fields of timm's ``pretrained_cfg``."""
-    fields: dict[str, Any] = {name: tuple(cfg[name]) for name in ("mean", "std") if cfg.get(name)}
+    if not isinstance(cfg, Mapping):
+        return {}
+    fields: dict[str, Any] = {
+        name: tuple(cfg[name]) for name in ("mean", "std") if cfg.get(name) and isinstance(cfg[name], list | tuple)
+    }
     return fields | ({"license": cfg["license"]} if cfg.get("license") else {})
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mae_transfer.checkpoint.build import host_conflict, vit_arguments, weights_arguments
 from mae_transfer.checkpoint.card import sha256
 from mae_transfer.checkpoint.formats import FORMATS
 from mae_transfer.checkpoint.formats.base import parts, traits
-from mae_transfer.checkpoint.load import load_checkpoint
+from mae_transfer.checkpoint.load import load_checkpoint, refuse_broken
 from mae_transfer.checkpoint.names import encoder_state, shape_text, summarise
 from mae_transfer.checkpoint.read import HUGGING_FACE_FILES, Checkpoint, read_checkpoint
 from mae_transfer.checkpoint.sharded import is_sharded
@@ -22,6 +23,8 @@ from mae_transfer.errors import CheckpointError, ConfigError, UserError
 from mae_transfer.sizes import quarter_blocks
 from mae_transfer.vit import VisionTransformer
 
+_HOSTS = ("detection", "segmentation", "classification")
+_NEITHER = "no: its weights are broken"
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
 
 
@@ -44,6 +47,7 @@ def examine(path: str | Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     info, tensors = checkpoint.info, checkpoint.tensors
     encoder = encoder_state(tensors)
+    broken = _broken(encoder, checkpoint.path)
     return {
         "path": str(checkpoint.path),
         "family": checkpoint.family,
@@ -54,12 +58,21 @@ def examine(path: str | Path) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in encoder.values()),
         "tensors": len(encoder),
         "positions_shape": shape_text(tensors["pos_embed"]) if "pos_embed" in tensors else None,
-        "hosts": _hosts(checkpoint),
-        "formats": {name: _as_format(checkpoint, name) for name in FORMATS},
+        "broken": broken,
+        "hosts": dict.fromkeys(_HOSTS, _NEITHER) if broken else _hosts(checkpoint),
+        "formats": {name: _NEITHER if broken else _as_format(checkpoint, name) for name in FORMATS},
         "besides_the_encoder": parts(name for name in tensors if name not in encoder),
         "left_out": _shortened(checkpoint.left_out),
         "sha256": sha256(checkpoint.path) if checkpoint.path.is_file() else None,
     }
+
+
+def _broken(encoder: dict[str, Tensor], path: Path) -> str | None:
+    try:
+        refuse_broken(encoder, path)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _shortened(names: list[str]) -> str:
@@ -86,6 +99,7 @@ def inspect(path: str | Path) -> str:
         "positions": found["positions_shape"] or "no table",
         "not encoder": found["besides_the_encoder"] or "nothing: all of it is the encoder",
         "not read": found["left_out"],
+        "broken": found["broken"],
         "licence": found["license"] or "unknown",
         "source": found["source"],
         "sha256": found["sha256"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,11 +139,7 @@ def load_checkpoint(vit: VisionTransformer, checkpoint: Checkpoint, *, patch_res
             + "; ".join(problems)
             + ". Build the model with the size and patch of the checkpoint (convert_checkpoint.py --inspect shows them)"
         )
-    if broken := [name for name, tensor in loaded.items() if not _is_finite(tensor, own[name])]:
-        raise CheckpointError(
-            f"{checkpoint.path}: {summarise(broken)} hold values that are no finite numbers; the file is of a training "
-            "that diverged, or damaged"
-        )
+    refuse_broken({name: tensor for name, tensor in loaded.items() if not own[name].is_meta}, checkpoint.path)
     vit.load_state_dict(loaded, strict=False)  # strictness was checked above, with reasons
     return Report(
         source=str(checkpoint.path),
@@ -169,11 +166,26 @@ def _other_computation(vit: VisionTransformer, checkpoint: Checkpoint) -> list[s
     return problems
 
 
-def _is_finite(tensor: Tensor, own: Tensor) -> bool:
-    """Finite, and fractions where the model's own are: not the counts of a batch norm."""
-    if tensor.is_floating_point() != own.is_floating_point():
-        return False
-    return tensor.is_meta or bool(torch.isfinite(tensor).all())
+def refuse_broken(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError where weights are not finite, or whole numbers, which counts of a batch norm alone are."""
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(".num_batches_tracked")}
+    kinds: dict[str, list[str]] = {}
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            kinds.setdefault(str(tensor.dtype).removeprefix("torch."), []).append(name)
+    problems = [f"{summarise(names)} hold {kind}, expected floating point" for kind, names in kinds.items()]
+    if infinite := [name for name, tensor in weights.items() if not _is_finite(tensor)]:
+        problems.append(f"{summarise(infinite)} hold values that are no finite numbers")
+    if problems:
+        raise CheckpointError(
+            f"{path}: {'; '.join(problems)}. The file is of a training that diverged, or damaged, or of weights that "
+            "were quantised; give an earlier checkpoint, or the original weights"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # few operations know 8-bit kinds
+    return bool(torch.isfinite(numbers).all())
 
 
 def _is_dispensable(name: str, tensor: Tensor) -> bool:

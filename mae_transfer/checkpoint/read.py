@@ -290,7 +290,9 @@ def read_config(path: Path) -> dict[str, Any]:
             if not isinstance(content, dict):
                 raise CheckpointError(f"{beside} should hold a JSON object, found a {type(content).__name__}")
             vision = content.get("vision_config")
-            result |= vision if isinstance(vision, dict) else content
+            said = vision if isinstance(vision, dict) else content
+            families.check_config(said, beside)
+            result |= said
     return result
 
 
@@ -338,8 +340,8 @@ def _read_indexed(index: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index} is no index of a model in several files ({error}); fetch it again") from error
     tensors: dict[str, Tensor] = {}
     for name in names:
-        file = index.with_name(Path(name).name)
-        if Path(name).name != name or not file.is_file():
+        file = index.with_name(Path(str(name)).name)
+        if not isinstance(name, str) or Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{index} names {name}, which is not beside it; fetch the whole folder again")
         safe = file.suffix == ".safetensors"
         tensors |= read_safetensors(file)[0] if safe else find_state_dict(read_torch(file), file)[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mae_transfer.checkpoint import describe, load_backbone, read_checkpoint, write_safetensors
 from mae_transfer.checkpoint.convert import convert
+from mae_transfer.checkpoint.formats import FORMATS
 from mae_transfer.checkpoint.inspection import inspect
 from mae_transfer.errors import CheckpointError
 from mae_transfer.position import sincos_2d
@@ -244,7 +245,20 @@ def test_weights_that_are_no_numbers_are_not_loaded(value: float, tmp_path: Path
     with pytest.raises(CheckpointError, match=r"blocks\.\*\.mlp\.fc1\.weight hold values that are no finite numbers"):
         load_backbone(vit, tmp_path / "a.safetensors")
     assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
-    assert "no finite numbers" in inspect(tmp_path / "a.safetensors")
+    report = inspect(tmp_path / "a.safetensors")
+    assert report.count("no finite numbers") == 1 and report.count("no: its weights are broken") == 3 + len(FORMATS)
+    with pytest.raises(CheckpointError, match="no finite numbers"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "backbone")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_weights_that_are_whole_numbers_are_not_loaded(tmp_path: Path) -> None:
+    vit = build_vit("tiny", image_size=32, depth=2)
+    tensors = vit.state_dict() | {"blocks.0.mlp.fc1.weight": torch.ones(768, 192, dtype=torch.int8)}
+    write_safetensors(tmp_path / "a.safetensors", tensors, describe(vit).to_metadata())
+    with pytest.raises(CheckpointError, match=r"blocks\.\*\.mlp\.fc1\.weight hold int8, expected floating point"):
+        load_backbone(vit, tmp_path / "a.safetensors")
+    assert "fc1.weight hold int8" in inspect(tmp_path / "a.safetensors")
 
 
 def test_metadata_of_others_may_speak_of_a_family(tmp_path: Path) -> None:
@@ -334,6 +348,7 @@ def foreign_tensors() -> Any:
         {"image_size": {"height": 64}},
         {"image_mean": 0.5},
         {"image_mean": None},
+        {"layer_norm_eps": True},
     ],
 )
 def test_a_config_of_wrong_types_is_an_error_of_ours(config: dict[str, Any], tmp_path: Path) -> None:
@@ -343,7 +358,8 @@ def test_a_config_of_wrong_types_is_an_error_of_ours(config: dict[str, Any], tmp
     ViTModel(ViTConfig(**numbers)).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | config))
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    (key,) = config
+    with pytest.raises(CheckpointError, match=rf"config\.json says {key}: .*; expected "):
         read_checkpoint(tmp_path)
 
 

@@ -54,6 +54,31 @@ def test_a_repository_of_ours_is_loaded_by_its_name(cache: Path, tmp_path: Path)
     assert card is not None and "base_model: someone/encoder\n" in card.read_text()
 
 
+def test_a_repository_of_a_model_in_several_files(cache: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    folder = repository(cache, "someone/shards")
+    config = ViTConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, image_size=32, intermediate_size=96)
+    theirs = ViTModel(config, add_pooling_layer=False)
+    theirs.save_pretrained(folder, max_shard_size="40KB")
+    assert not (folder / "model.safetensors").exists()
+    checkpoint = read_checkpoint("hf://someone/shards")
+    assert torch.equal(checkpoint.tensors["norm.weight"], theirs.layernorm.weight)
+    assert (checkpoint.info.num_heads, checkpoint.info.source) == (3, "someone/shards")
+    shard = next(folder.glob("*-00002-of-*"))
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is not in the cache"):
+        read_checkpoint("hf://someone/shards")
+
+
+@pytest.mark.parametrize("said", ['"vit"', '{"mean": 0.5}', "null"])
+def test_what_timm_says_in_another_way_is_not_taken(said: str, cache: Path) -> None:
+    folder = repository(cache, "someone/vit")
+    save_file(build_vit(**SMALL).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(f'{{"architecture": "vit", "pretrained_cfg": {said}}}')
+    assert read_checkpoint("hf://someone/vit").info.mean == (0.485, 0.456, 0.406)
+
+
 def test_a_repository_of_others_gives_its_licence(cache: Path) -> None:
     folder = repository(cache, "someone/vit")
     save_file(build_vit(**SMALL).state_dict(), folder / "model.safetensors")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from mae_transfer.checkpoint.families import beit, dinov3, huggingface, plain, sam
-from mae_transfer.checkpoint.families.base import Converted, Family, Raw
+from mae_transfer.checkpoint.families.base import Converted, Family, Raw, check_config
 
 # The more particular first: what fits several is the first of them.
 FAMILIES: tuple[Family, ...] = (
@@ -63,4 +63,4 @@ def nearest(names: Iterable[str]) -> tuple[Family, float]:
     return max(shares, key=lambda pair: pair[1])
 
 
-__all__ = ["FAMILIES", "Converted", "Family", "Raw", "nearest", "prefixes", "recognise"]
+__all__ = ["FAMILIES", "Converted", "Family", "Raw", "check_config", "nearest", "prefixes", "recognise"]

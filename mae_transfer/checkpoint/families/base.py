@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -259,6 +260,45 @@ def ffn_of(tensors: Mapping[str, Tensor], path: Path) -> str:
 def has_norm(tensors: Mapping[str, Tensor]) -> bool:
     """Whether there is a last norm: half of one counts, and is then found incomplete."""
     return "norm.weight" in tensors or "norm.bias" in tensors
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError where a value that is read of Hugging Face's JSON files is not of its kind."""
+    for keys, fits, expected in _KINDS:
+        for key in keys:
+            if key in config and not fits(config[key]):
+                raise CheckpointError(
+                    f"{path} says {key}: {json.dumps(config[key])}; expected {expected}. Fetch it again, or correct it"
+                )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and _is_number(value) and value > 0
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and _is_positive(value)
+
+
+def _is_size(value: object) -> bool:
+    pair = value if isinstance(value, list) else [value, value]
+    return value is None or (len(pair) == 2 and all(map(_is_count, pair)))
+
+
+def _is_statistic(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
+_KINDS: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
+    (("num_attention_heads", "decoder_num_attention_heads"), _is_count, "a whole number above zero"),
+    (("layer_norm_eps", "rope_theta"), _is_positive, "a number above zero"),
+    (("image_size",), _is_size, "a whole number of pixels, or [height, width]"),
+    (("image_mean", "image_std"), _is_statistic, "a list of one number a channel"),
+)
 
 
 def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
