@@ -23,11 +23,13 @@ from mae_transfer.errors import CheckpointError
 _HUB = re.compile(r"^hf:/{1,2}(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>.+))?$")
 _TIMM = re.compile(r"^timm/(?P<name>[^/]+)$")
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
-# What is read of a repository that names no file, the first that is there, and what is wanted beside it.
-_WEIGHTS = (
-    *("encoder.safetensors", "model.safetensors", "pytorch_model.bin"),
+# What Hugging Face calls the weights in a folder, the first that is there.
+HUGGING_FACE_FILES = (
+    *("model.safetensors", "pytorch_model.bin"),
     *("model.safetensors.index.json", "pytorch_model.bin.index.json"),  # of a model in several files
 )
+# What is read of a repository that names no file, the first that is there, and what is wanted beside it.
+_WEIGHTS = ("encoder.safetensors", *HUGGING_FACE_FILES)
 _ACTIVATIONS = ("GELU(approximate='none')", "SiLU()")  # the latter in a gated MLP, which the shapes show
 _BESIDE = ("config.json", "preprocessor_config.json", "README.md")
 

@@ -15,9 +15,10 @@ from mae_transfer.checkpoint.build import host_conflict, vit_arguments, weights_
 from mae_transfer.checkpoint.card import sha256
 from mae_transfer.checkpoint.formats import FORMATS
 from mae_transfer.checkpoint.formats.base import parts, traits
+from mae_transfer.checkpoint.hub import HUGGING_FACE_FILES
 from mae_transfer.checkpoint.load import load_checkpoint, refuse_broken
 from mae_transfer.checkpoint.names import encoder_state, shape_text, summarise
-from mae_transfer.checkpoint.read import HUGGING_FACE_FILES, Checkpoint, read_checkpoint
+from mae_transfer.checkpoint.read import Checkpoint, read_checkpoint
 from mae_transfer.checkpoint.sharded import is_sharded
 from mae_transfer.errors import CheckpointError, ConfigError, UserError
 from mae_transfer.sizes import quarter_blocks

@@ -16,17 +16,13 @@ from mae_transfer.checkpoint import families, formats, hub
 from mae_transfer.checkpoint.build import empty_encoder
 from mae_transfer.checkpoint.families.plain import is_moco_v3, is_released
 from mae_transfer.checkpoint.files import read_safetensors, read_torch
+from mae_transfer.checkpoint.hub import HUGGING_FACE_FILES
 from mae_transfer.checkpoint.info import EncoderInfo, infer_info
 from mae_transfer.checkpoint.names import summarise
 from mae_transfer.checkpoint.pickles import read_pickle
 from mae_transfer.checkpoint.sharded import is_sharded, read_facts, read_shards
 from mae_transfer.errors import CheckpointError, ConfigError, UserError
 
-# What Hugging Face calls the weights in a folder, the first that is there.
-HUGGING_FACE_FILES = (
-    *("model.safetensors", "pytorch_model.bin"),
-    *("model.safetensors.index.json", "pytorch_model.bin.index.json"),  # of a model in several files
-)
 # The state dict of a training checkpoint hides below one of these; an average of the weights is what timm reads too.
 _NESTS = ("state_dict_ema", "model_ema", "model", "state_dict", "model_state", "module", "teacher", "student")
 
@@ -134,8 +130,7 @@ def _read_family(path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     name, license = around or (family.name, family.license_beside(config))
     with _damage_told(path, family.title):
         said = hub.said_beside_timms(config, converted.tensors["patch_embed.proj.weight"].shape[0])
-    facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license} | said
-    with _damage_told(path, family.title):
+        facts = {"mean": family.mean, "std": family.std, "source": path.name, "license": license} | said
         info = infer_info(converted.tensors, family=name, source=str(path), fields=facts | converted.fields)
         check_complete(converted.tensors, info, path, family.title)
     if name == "vit" and info.positions == "sincos":

@@ -16,6 +16,7 @@ from mae_transfer.checkpoint.families.base import (
     join_biases,
     join_qkv,
     need,
+    register_tokens,
     rename,
 )
 from mae_transfer.checkpoint.families.plain import ANCHOR
@@ -110,9 +111,7 @@ def _finish(raw: Raw, tensors: Tensors, left_out: list[str]) -> Converted:
     if ffn == "mlp":  # an MLP's first layer is called as a gate's partner
         tensors = {name.replace(".mlp.up.", ".mlp.fc1."): tensor for name, tensor in tensors.items()}
     patch = need(tensors, ANCHOR, raw.path).shape[2:]
-    registers = tensors.get("register_tokens")
-    if registers is not None and not registers.numel():
-        del tensors["register_tokens"]
+    registers = register_tokens(tensors, raw.path)
     fields = {
         "image_size": (224 // patch[0] * patch[0], 224 // patch[1] * patch[1]),  # any: positions are computed
         "norm_eps": 1e-5,
